@@ -1,0 +1,35 @@
+"""What a task is: problems, a chat format and a verifier that speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from fst_fast.records import Problem, Verdict
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+class Task(Protocol):
+    """A source of problems with a verifiable reward.
+
+    Both splits are finite, disjoint and in a fixed order; the trainer draws its own seeded order over `train`.
+    """
+
+    name: str  # as written in --stream, e.g. "glyph:A"
+    seed_prompt: str  # the task-agnostic prompt the population starts from
+    train: Sequence[Problem]
+    validation: Sequence[Problem]
+
+    def messages(self, prompt: str, problem: Problem) -> list[Message]:
+        """Chat messages for `problem` under the system prompt `prompt`."""
+        ...
+
+    def verify(self, problem: Problem, response: str) -> Verdict:
+        """Reward in [0, 1], textual feedback and named parts. `response` is hostile text: never evaluated, never raised on."""
+        ...
+
+    @property
+    def phrasebook(self) -> Mapping[str, Sequence[str]]:
+        """Topic → instruction sentences, for the offline rule-based reflector; empty when the task has none."""
+        ...
