@@ -1,0 +1,20 @@
+"""Tasks by name: `make_task("glyph:A", seed=0)`."""
+
+from __future__ import annotations
+
+from fst_fast.errors import UserError
+from fst_fast.tasks.glyph import GlyphTask
+from fst_fast.tasks.task import Task
+
+FORMS = {
+    "glyph": "glyph:A (rule A to Z of the run's seed) or glyph:A/B (sliced)",
+}
+
+
+def make_task(spec: str, *, seed: int) -> Task:
+    """The task written `spec`, drawn from the run's `seed` where it is random; UserError when there is no such task."""
+    kind, _, rest = spec.partition(":")
+    match kind:
+        case "glyph":
+            return GlyphTask(rest, seed)
+    raise UserError(f"task {spec!r}: there is no such task; known are {'; '.join(FORMS.values())}.")

@@ -26,7 +26,7 @@ class Task(Protocol):
         ...
 
     def verify(self, problem: Problem, response: str) -> Verdict:
-        """Reward in [0, 1], textual feedback and named parts. `response` is hostile text: never evaluated, never raised on."""
+        """Reward in [0, 1], feedback, named parts. `response` is hostile text: never evaluated nor raised on."""
         ...
 
     @property
