@@ -1,0 +1,356 @@
+"""What a run says of itself: `Telemetry` writes metrics.jsonl, TensorBoard, wandb and the console while it trains;
+`read_run` reads the files back, also those of a run that is still going or was killed."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from fst_fast.errors import UserError
+from fst_fast.files import Appender
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fst_fast.config import Config
+
+Record = dict[str, Any]
+SPENT = ("steps", "rollouts", "tokens")
+
+
+class Telemetry:
+    """The loop's one outlet; `with Telemetry(...) as telemetry: telemetry.write({"kind": "step", ...})`.
+
+    `offset` and `step` come from the checkpoint a run resumes from (0, 0 for a new one): metrics.jsonl is cut there and
+    TensorBoard hides what it has of later steps. The terminal gets a live display, anything else a line per evaluation
+    and evolution. UserError when wandb is asked for and missing, or metrics.jsonl does not fit `offset`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        config: Config,
+        total_steps: int,
+        *,
+        offset: int = 0,
+        step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        from rich.console import Console
+
+        wandb = _import_wandb() if config.wandb else None  # before any file is touched
+        run_dir = Path(run_dir)
+        self.console = console or Console()
+        self._metrics = _open(run_dir / "metrics.jsonl", offset)
+        self._display = _Display(self.console, total_steps, step) if config.progress else None
+        self._total = total_steps
+        self._tensorboard = None
+        self._wandb = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # 0.1 s after torch
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        if wandb is not None:
+            name = run_dir.resolve().name
+            self._wandb = wandb.init(
+                project="fst-fast", name=name, id=name, resume="allow", dir=str(run_dir), config=asdict(config)
+            )
+
+    def __enter__(self) -> Self:
+        if self._display and self.console.is_terminal:
+            self._display.live.start()
+        return self
+
+    def __exit__(
+        self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._display:
+            self._display.live.stop()
+        self._metrics.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(error is not None))
+
+    def write(self, record: Mapping[str, Any], prompt: str = "") -> None:
+        """Records one step, eval, evolve or end; `prompt` is the text of the best prompt, for the console only."""
+        self._metrics.write(json.dumps(record) + "\n")
+        values = scalars(record)
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
+            if record["kind"] != "step":
+                self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.log({"step": record["step"], **values})
+        if self._display:
+            self._display.update(record, prompt)
+        if record["kind"] in ("eval", "evolve"):
+            self.log(_line(record, self._total, prompt))
+
+    def log(self, text: str) -> None:
+        """One plain line on the console, above the live display if there is one."""
+        encoding = self.console.encoding
+        text = text.encode(encoding, "replace").decode(encoding)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def offset(self) -> int:
+        """Bytes of metrics.jsonl, safe on disk: what a checkpoint stores."""
+        self._metrics.sync()
+        return self._metrics.offset
+
+
+def _open(path: Path, offset: int) -> Appender:
+    tail = b""
+    if offset and path.is_file() and path.stat().st_size >= offset:
+        with path.open("rb") as file:
+            file.seek(offset - 1)
+            tail = file.read(1)
+    if offset and tail != b"\n":
+        raise UserError(f"{path} is not the file this checkpoint knew: no line of it ends at byte {offset}")
+    return Appender(path, offset=offset)
+
+
+class _Display:
+    """The live lines at the foot of a terminal: progress bar, numbers, best prompt."""
+
+    def __init__(self, console: Console, total: int, step: int) -> None:
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, time left", markup=False),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bar = self._progress.add_task("", total=total, completed=step)
+        self._numbers: dict[str, str] = {}
+        self._prompt = ""
+        self.live = Live(console=console, get_renderable=self._render)
+
+    def update(self, record: Mapping[str, Any], prompt: str) -> None:
+        if "task" in record:
+            self._progress.update(self._bar, description=f"stage {record['stage'] + 1} {plain(record['task'], 30)}")
+        self._progress.update(self._bar, completed=record["step"])
+        names = {"reward": "reward", "entropy": "entropy"} if record["kind"] == "step" else {}
+        if record["kind"] == "eval":
+            names = {"reward": "held-out reward", "kl": "KL"}
+        self._numbers |= {label: f"{record[key]:.3f}" for key, label in names.items() if key in record}
+        if "tokens_per_second" in record.get("time", {}):
+            self._numbers["tokens/s"] = f"{record['time']['tokens_per_second']:,.0f}"
+        self._prompt = plain(prompt, 300) or self._prompt
+
+    def _render(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text  # Text never parses markup
+
+        lines = ["   ".join(f"{label} {number}" for label, number in self._numbers.items())]
+        lines += [f"best prompt: {self._prompt}"] if self._prompt else []
+        return Group(self._progress, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "wandb = true needs Weights & Biases: pip install 'fst-fast[wandb]', or set --no-wandb"
+        ) from error
+    return wandb
+
+
+def _line(record: Mapping[str, Any], total: int, prompt: str) -> str:
+    parts = [f"step {record['step']}/{total}", plain(record["task"], 40)]
+    if record["kind"] == "eval":
+        parts += [f"held-out reward {record['reward']:.3f}"]
+        parts += [f"{label} {record[key]:.3f}" for key, label in _EVAL_NUMBERS if key in record]
+        parts += [f"{record['rollouts']:,} rollouts"]
+    else:
+        parts += [
+            f"prompts evolved (cycle {record['cycle']}): {record['accepted']} of {record['proposals']} accepted",
+            f"best scores {record['best']:.3f}, together {record['coverage']:.3f}",
+        ]
+    return " · ".join(parts + ([f"best prompt: {plain(prompt, 100)}"] if prompt else []))
+
+
+_EVAL_NUMBERS = (("reward_seed", "seed prompt"), ("kl", "KL"), ("entropy", "entropy"), ("retention", "retention"))
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record by name, `kind/key`, those of `time` and `reflection` as `kind/time/key`."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        inner = value if key in ("time", "reflection") else {"": value}
+        for name, number in inner.items():
+            if isinstance(number, int | float) and key not in ("step", "stage", "cycle"):
+                found["/".join(part for part in (record["kind"], key, name) if part)] = number
+    return found
+
+
+def plain(text: str, limit: int) -> str:
+    """One line that is safe on any terminal: no control or direction characters, at most `limit` characters."""
+    text = " ".join(text[: 4 * limit].split())
+    text = "".join("�" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# ------------------------------------------------------------------------------------------------- reading a run back
+
+
+@dataclass(frozen=True)
+class Run:
+    """metrics.jsonl and config.toml of a run directory; `notes` says in words what could not be read."""
+
+    dir: Path
+    config: Record
+    steps: tuple[Record, ...]
+    evals: tuple[Record, ...]
+    evolves: tuple[Record, ...]
+    end: Record | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mode(self) -> str:
+        return str(self.config.get("mode", "?"))
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.get("seed", 0))
+
+    @property
+    def stages(self) -> dict[int, str]:
+        """Stage number to task name, of the stages the run has reached."""
+        return {r["stage"]: r["task"] for r in sorted(self.evals + self.steps + self.evolves, key=lambda r: r["stage"])}
+
+    def last_eval(self, stage: int) -> Record | None:
+        return next((r for r in reversed(self.evals) if r["stage"] == stage), None)
+
+    def start(self, stage: int, key: str) -> int:
+        """Steps, rollouts or tokens (`key`) spent before `stage` began."""
+        key = "step" if key == "steps" else key
+        return max((r[key] for r in self.steps + self.evals if r["stage"] < stage and key in r), default=0)
+
+    def total(self, key: str) -> int:
+        """Last value of a running count: step, rollouts, tokens, gepa_rollouts, gepa_tokens."""
+        return max((r[key] for r in self.steps + self.evals if key in r), default=0)
+
+    def reflection(self, key: str) -> float:
+        """Sum over the cycles of calls, prompt_tokens, completion_tokens, dollars or failures."""
+        return sum(r.get("reflection", {}).get(key, 0) for r in self.evolves)
+
+    def levels(self) -> list[Record]:
+        """Steps, rollouts and tokens from the stage's start to the first evaluation that reached each level."""
+        wanted = self.config.get("eval", {}).get("levels", (0.5, 0.9))
+        found = []
+        for stage, task in self.stages.items():
+            for level in wanted:
+                hit = next((r for r in self.evals if r["stage"] == stage and r["reward"] >= level), None)
+                spent = {
+                    key: hit[key.replace("steps", "step")] - self.start(stage, key) if hit else None for key in SPENT
+                }
+                found.append({"stage": stage, "task": task, "level": level, **spent})
+        return found
+
+
+def read_run(run_dir: Path | str) -> Run:
+    """Reads what a run directory has. UserError when it is none: neither config.toml nor metrics.jsonl in it."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.toml").is_file() and not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"{run_dir} is no run directory: it has neither config.toml nor metrics.jsonl")
+    notes: list[str] = []
+    config: Record = {}
+    try:
+        config = tomllib.loads((run_dir / "config.toml").read_text(errors="replace"))
+    except (FileNotFoundError, tomllib.TOMLDecodeError) as error:
+        notes.append(f"config.toml could not be read ({plain(str(error), 200)}): mode and settings are unknown.")
+    records = list(read_lines(run_dir / "metrics.jsonl", notes))
+    kinds = {kind: tuple(r for r in records if r.get("kind") == kind) for kind in ("step", "eval", "evolve", "end")}
+    end = kinds["end"][-1] if kinds["end"] else None
+    if end is None:
+        notes.append("This run has not ended: it is still going, or was stopped. Numbers are the latest, not final.")
+    return Run(run_dir, config, kinds["step"], kinds["eval"], kinds["evolve"], end, tuple(notes))
+
+
+def read_lines(path: Path, notes: list[str]) -> Iterator[Record]:
+    """Records of a JSON-lines file; a missing file or unreadable lines (a last one cut by a crash) become a note."""
+    if not path.is_file():
+        notes.append(f"{path.name} is not there (yet).")
+        return
+    bad = 0
+    with path.open("rb") as file:
+        for line in file:
+            record = parse(line)
+            bad += record is None
+            if record is not None:
+                yield record
+    if bad:
+        notes.append(f"{path.name}: {bad} unreadable line(s) left out (the last one is cut when a run is killed).")
+
+
+def parse(line: bytes) -> Record | None:
+    """The JSON object of a line, or None."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def print_summary(run_dir: Path | str, console: Console | None = None) -> None:
+    """The table a run ends with: per stage what was reached and at what cost, then totals and where the report is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    run = read_run(run_dir)
+    reached = run.levels()
+    levels = sorted({r["level"] for r in reached})
+    columns = ["stage", "reward", "seed prompt", "KL to base", "steps"]
+    columns += [f"to reach {level:g}" for level in levels]
+    table = Table(title=Text(f"{run.mode}, seed {run.seed}: held-out results at the end of each stage"))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for stage, task in run.stages.items():
+        last = run.last_eval(stage) or {}
+        steps = max((r["step"] for r in run.steps if r["stage"] == stage), default=0) - run.start(stage, "steps")
+        row = [f"{stage + 1} {plain(task, 40)}"]
+        row += [number(last.get(key)) for key in ("reward", "reward_seed", "kl")] + [str(max(steps, 0))]
+        for level in levels:
+            hits = [r for r in reached if r["stage"] == stage and r["level"] == level and r["steps"] is not None]
+            row += ["\n".join(f"{count(r[key])} {key}" for key in SPENT) for r in hits] or ["not reached"]
+        table.add_row(*map(Text, row))
+    console.print(table)
+    lines = [
+        f"{run.total('rollouts'):,} rollouts, {run.total('gepa_rollouts'):,} of them by GEPA; "
+        f"{run.total('tokens'):,} tokens, {run.total('gepa_tokens'):,} of them by GEPA",
+        f"reflection: {run.reflection('calls'):,.0f} calls, ${run.reflection('dollars'):.2f}, "
+        f"{run.reflection('failures'):,.0f} failures",
+        *run.notes,
+    ]
+    report = run.dir / "report.html"
+    lines += [f"report: {report}"] if report.is_file() else []
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def number(value: float | None) -> str:
+    """A reward, KL or entropy for people: 3 decimals, a dash when there is none."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def count(value: float) -> str:
+    """A count for people: 4,608, 46.1k, 1.2M."""
+    if value < 1e4:
+        return f"{value:,.0f}"
+    size, unit = next((size, unit) for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= size)
+    return f"{value / size:.3g}{unit}"
