@@ -1,0 +1,130 @@
+"""A causal LM folder of Hugging Face, opened the one way both channels use it: hidden states, LM head, chat format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fst_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from fst_fast.tasks.task import Message
+
+GLYPH_BASE = Path(__file__).parent / "assets" / "glyph-base"
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head as the kernels take it: logits = softcap(hidden @ weight.T + bias)."""
+
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None  # [V]
+    softcap: float | None
+
+
+class Model:
+    """A transformers causal LM with its tokenizer. `self.lm` is the module whose parameters are trained in place."""
+
+    def __init__(self, lm: Any, tokenizer: Any, path: str):
+        self.lm, self.tokenizer, self.path = lm, tokenizer, path
+        self.config = lm.config.get_text_config()
+        self.device = lm.device
+        self.context: int = int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+        layer_types = getattr(self.config, "layer_types", None) or ["full_attention"]
+        if unknown := set(layer_types) - SUPPORTED_LAYERS:
+            raise UserError(
+                f"model.path: {path} has {', '.join(sorted(unknown))} layers; "
+                f"models with {' and '.join(sorted(SUPPORTED_LAYERS))} layers are supported"
+            )
+        self.window: int | None = self.config.sliding_window if "sliding_attention" in layer_types else None
+        generation_eos = getattr(lm.generation_config, "eos_token_id", None)
+        eos = {tokenizer.eos_token_id, *(generation_eos if isinstance(generation_eos, list) else [generation_eos])}
+        self.eos_ids: frozenset[int] = frozenset(int(i) for i in eos if i is not None)
+        if not self.eos_ids:
+            raise UserError(
+                f"model.path: {path} names no end token; set eos_token in its tokenizer or generation config"
+            )
+        self._check_head()
+
+    @property
+    def head(self) -> Head:
+        out = self.lm.get_output_embeddings()
+        return Head(out.weight, out.bias, getattr(self.config, "final_logit_softcapping", None))
+
+    def hidden(self, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Final hidden states [B, T, H] (after the last norm) of token ids [B, T]."""
+        return self.lm.base_model(input_ids=ids, **kwargs).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [N, V] of hidden states [N, H]: what is sampled from and trained on must be the same numbers."""
+        head = self.head
+        logits = hidden.float() @ head.weight.float().T
+        if head.bias is not None:
+            logits = logits + head.bias.float()
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+    def encode_chat(self, messages: list[Message]) -> tuple[int, ...]:
+        """Token ids of the chat template, ready for the assistant's answer. Applied once: ids are the truth from here."""
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return tuple(ids)
+
+    def decode(self, response_ids: tuple[int, ...]) -> str:
+        """Text of a response, without its end token and without surrounding white space."""
+        return self.tokenizer.decode([i for i in response_ids if i not in self.eos_ids]).strip()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Some architectures scale logits in ways the kernels do not know: refuse them instead of learning wrongly."""
+        ids = torch.arange(8, device=self.device)[None] % self.config.vocab_size
+        ours, theirs = self.logits(self.hidden(ids)[0]), self.lm(input_ids=ids).logits[0].float()
+        tolerance = 1e-3 if self.lm.dtype == torch.float32 else 0.1
+        if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
+            raise UserError(
+                f"model.path: {self.path} computes its logits in a way that is not hidden @ lm_head (+ bias, softcap); "
+                "architectures such as Qwen3, Llama and Gemma work"
+            )
+
+
+def load_model(path: str, *, dtype: str = "float32", device: str = "auto") -> Model:
+    """Open a Hugging Face causal LM folder. Raises UserError when weights, tokenizer or chat template are missing."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    folder = Path(path or GLYPH_BASE)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path: {folder} is not a Hugging Face model folder (it has no config.json)")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    progress_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        # SDPA has no softcapped attention (Gemma 2): transformers refuses it there
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path: {folder} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    finally:
+        if progress_bar:
+            logging.enable_progress_bar()
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"model.path: {folder} has no tokenizer; save one there with tokenizer.save_pretrained(...)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path: the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"model.path: {folder} has no chat template; use an instruction-tuned model or add chat_template.jinja"
+        )
+    lm.to(device)
+    lm.eval()  # no dropout: the trained distribution must be the sampled one
+    return Model(lm, tokenizer, str(folder))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

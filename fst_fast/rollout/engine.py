@@ -1,0 +1,68 @@
+"""The protocol of a rollout engine: requests in, finished responses with their behaviour log-probs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fst_fast.model import Model
+from fst_fast.records import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One response to sample. The same `seed` gives the same draws whatever else is in the batch."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    priority: int = 0  # lower first
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished response. `logprobs` are those of the distribution really sampled from, temperature included."""
+
+    id: int
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    policy_version: int
+    finish_reason: FinishReason
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counted since the engine was made."""
+
+    prompt_tokens: int = 0  # asked for
+    computed_prompt_tokens: int = 0  # really run through the model; the rest came from shared prefixes
+    generated_tokens: int = 0
+
+
+class RolloutEngine(Protocol):
+    name: str
+    policy_version: int
+    stats: EngineStats
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests. A prompt that leaves no room in the context raises ValueError before any work."""
+        ...
+
+    def step(self) -> list[Completion]:
+        """Advance by one token (and admit waiting requests); the responses that finished."""
+        ...
+
+    def abort(self, ids: Iterable[int]) -> list[Completion]:
+        """Stop these requests; what they have so far, with finish_reason "aborted"."""
+        ...
+
+    def load_weights(self, model: Model, version: int) -> None:
+        """Sample from these weights from now on; every cached prefix of older ones is dropped. Needs an idle engine."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests wait or run."""
+        ...

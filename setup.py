@@ -1,0 +1,14 @@
+"""Builds csrc/. Everything else is in pyproject.toml. A missing compiler costs a warning, never the install."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "fst_fast._csrc",  # a plain shared library for ctypes, not a Python module
+            ["csrc/prefix_tree.cpp"],
+            extra_compile_args=["-O3", "-std=c++17"],
+            optional=True,
+        )
+    ]
+)
