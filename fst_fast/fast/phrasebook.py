@@ -1,0 +1,89 @@
+"""The offline reflector: reads the verifier's feedback and edits the prompt's sentences from the task's phrase book.
+
+Rule-based, no model. Noisy on purpose, with the numbers of the experiment in embedded.md. It never sees a task's hidden
+rule: which topic a feedback sentence is about, and which wording answers it, it guesses from the words they share.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage
+
+EDIT = 0.7  # chance that a topic complained of is edited
+SLIP = 0.25  # chance that the wording is then drawn from the whole topic
+DROP = 0.15  # chance that a sentence is dropped
+SHUFFLE = 0.3  # chance that the sentences are reordered
+
+_IGNORED = {
+    *"a all an answer are as be by each expected for from i in is it of on only put should the to use wrong".split(" ")
+}
+
+
+class PhrasebookReflector:
+    name = "phrasebook"
+    label = "rule-based, offline"
+
+    def __init__(self, phrasebook: Mapping[str, Sequence[str]]):
+        self.usage = ReflectionUsage()
+        self._topics = {topic: list(sentences) for topic, sentences in phrasebook.items()}
+        self._topic_of = {sentence: topic for topic, sentences in self._topics.items() for sentence in sentences}
+        self._topic_words = {t: _words(" ".join([t, *sentences])) for t, sentences in self._topics.items()}
+        self._spread = Counter(word for words in self._topic_words.values() for word in words)
+
+    def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
+        self.usage = replace(self.usage, calls=self.usage.calls + len(requests))
+        return [self._edit(request, random.Random(request.seed)) for request in requests]
+
+    def _edit(self, request: ReflectionRequest, rng: random.Random) -> Reflection:
+        sentences, done = _sentences(request.prompt.text), []
+        for complaint in self._complaints(request):
+            if rng.random() > EDIT:
+                continue
+            topic = self.topic(complaint)
+            assert topic is not None
+            wording = rng.choice(self._topics[topic] if rng.random() < SLIP else self.wordings(topic, complaint))
+            sentences = [s for s in sentences if self._topic_of.get(s) != topic] + [wording]
+            done.append(f'{topic}: "{wording}" because "{complaint}"')
+        if rng.random() < DROP and len(sentences) > 1:
+            done.append(f'dropped "{sentences.pop(rng.randrange(len(sentences)))}"')
+        if rng.random() < SHUFFLE:
+            rng.shuffle(sentences)
+            done.append("reordered")
+        return Reflection(" ".join(sentences), "; ".join(done) or "no change")
+
+    def _complaints(self, request: ReflectionRequest) -> list[str]:
+        """The distinct feedback sentences that speak of a topic, most frequent first."""
+        failures = [r.verdict.feedback for r in request.rollouts if r.reward < 1]
+        counted = Counter(s for feedback in failures for s in _sentences(feedback))
+        return [sentence for sentence, _ in counted.most_common() if self.topic(sentence)]
+
+    def topic(self, complaint: str) -> str | None:
+        """The topic that shares the most words with `complaint`; words of many topics count less, its name's double."""
+        words = _words(complaint)
+
+        def shared(topic: str) -> float:
+            return sum(
+                (2 if word in _words(topic) else 1) / self._spread[word] for word in words & self._topic_words[topic]
+            )
+
+        best = max(self._topics, key=shared)
+        return best if shared(best) > 0 else None
+
+    def wordings(self, topic: str, complaint: str) -> list[str]:
+        """The sentences of `topic` that share the most words with `complaint`."""
+        words = _words(complaint)
+        overlap = {s: len(words & _words(s)) for s in self._topics[topic]}
+        return [s for s, n in overlap.items() if n == max(overlap.values())]
+
+
+def _sentences(text: str) -> list[str]:
+    return [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
+
+
+def _words(text: str) -> set[str]:
+    return {w for w in re.findall(r"\w+", text.lower()) if len(w) > 1} - _IGNORED

@@ -1,0 +1,63 @@
+"""What a reflector is: it reads rollouts of a prompt and proposes an edited prompt, many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fst_fast.records import Prompt, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class ReflectionRequest:
+    """One prompt to edit, and what happened under it on one minibatch of problems."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    seed: int  # for reflectors that draw at random
+
+
+@dataclass(frozen=True, slots=True)
+class Reflection:
+    """The edited prompt, or None when there is none; `note` says what was done, or what went wrong."""
+
+    text: str | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReflectionUsage:
+    calls: int = 0  # edits asked for
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    dollars: float = 0.0
+    failures: int = 0  # calls without a usable answer
+
+    def __add__(self, other: ReflectionUsage) -> ReflectionUsage:
+        return ReflectionUsage(
+            self.calls + other.calls,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.dollars + other.dollars,
+            self.failures + other.failures,
+        )
+
+    def __sub__(self, other: ReflectionUsage) -> ReflectionUsage:
+        return ReflectionUsage(
+            self.calls - other.calls,
+            self.prompt_tokens - other.prompt_tokens,
+            self.completion_tokens - other.completion_tokens,
+            self.dollars - other.dollars,
+            self.failures - other.failures,
+        )
+
+
+class Reflector(Protocol):
+    name: str  # as in the config
+    label: str  # what it is, for people: "rule-based, offline"
+    usage: ReflectionUsage  # since it was made
+
+    def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
+        """One answer per request, in order. An answer that fails is a Reflection without text, never an exception."""
+        ...
