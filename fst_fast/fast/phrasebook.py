@@ -19,9 +19,7 @@ SLIP = 0.25  # chance that the wording is then drawn from the whole topic
 DROP = 0.15  # chance that a sentence is dropped
 SHUFFLE = 0.3  # chance that the sentences are reordered
 
-_IGNORED = {
-    *"a all an answer are as be by each expected for from i in is it of on only put should the to use wrong".split(" ")
-}
+_IGNORED = "a all an answer are as be by each expected for from i in is it of on only put should the to use wrong"
 
 
 class PhrasebookReflector:
@@ -86,4 +84,4 @@ def _sentences(text: str) -> list[str]:
 
 
 def _words(text: str) -> set[str]:
-    return {w for w in re.findall(r"\w+", text.lower()) if len(w) > 1} - _IGNORED
+    return {w for w in re.findall(r"\w+", text.lower()) if len(w) > 1} - set(_IGNORED.split())
