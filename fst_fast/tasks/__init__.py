@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from fst_fast.errors import UserError
 from fst_fast.tasks.glyph import GlyphTask
+from fst_fast.tasks.jsonl import JsonlOptions, JsonlTask
 from fst_fast.tasks.task import Task
 
-FORMS = {
-    "glyph": "glyph:A (rule A to Z of the run's seed) or glyph:A/B (sliced)",
-}
+FORMS = (
+    "glyph:A (rule A to Z of the run's seed), glyph:A/B (sliced), star_graph:ARMSxLENGTH (e.g. star_graph:4x3), "
+    "jsonl:PATH (a file of problems)"
+)
 
 
-def make_task(spec: str, *, seed: int) -> Task:
+def make_task(spec: str, *, seed: int, jsonl: JsonlOptions | None = None) -> Task:
     """The task written `spec`, drawn from the run's `seed` where it is random; UserError when there is no such task."""
     kind, _, rest = spec.partition(":")
     match kind:
         case "glyph":
             return GlyphTask(rest, seed)
-    raise UserError(f"task {spec!r}: there is no such task; known are {'; '.join(FORMS.values())}.")
+        case "jsonl":
+            return JsonlTask(rest, seed, jsonl or JsonlOptions())
+    raise UserError(f"task {spec!r}: there is no such task; known are {FORMS}.")

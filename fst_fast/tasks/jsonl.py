@@ -1,0 +1,164 @@
+"""Any file of problems as a task: one JSON object a line, and a verifier of the user's choice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fst_fast.errors import UserError
+from fst_fast.records import Problem, Verdict
+from fst_fast.seeding import stream
+from fst_fast.tasks.task import Message
+from fst_fast.tasks.verifiers import make_verifier
+
+
+@dataclass(frozen=True)
+class JsonlOptions:
+    verifier: str = "exact"
+    """What compares a response with the answer: exact, numeric, regex, math (math-verify), or python:MODULE:FUNCTION:
+    called with (the problem's JSON object, response), returns a reward in [0, 1], (reward, feedback) or a Verdict."""
+    problem_field: str = "problem"
+    """Field with the text posed to the model."""
+    answer_field: str = "answer"
+    """Field with the right answer, a text or a number (for regex: the pattern; not read for python)."""
+    id_field: str = ""
+    """Field with a problem's identity; empty = its line number."""
+    slice_field: str = ""
+    """Field with a visible property by which results are broken down; empty = none."""
+    seed_prompt: str = "Solve the problem. End with a line 'answer:' and your final answer."
+    """The task-agnostic system prompt the population starts from."""
+    validation_path: str = ""
+    """File of validation problems; empty = hold out a seeded part of the one file."""
+    validation_fraction: float = 0.1
+    """Part held out for validation, at least one problem; not used with a validation_path."""
+    tolerance: float = 1e-6
+    """For numeric: largest error taken as right, absolute or relative to the answer."""
+
+
+class JsonlTask:
+    """`jsonl:PATH`. Problems of equal text never stand on both sides of the split."""
+
+    def __init__(self, path: str, seed: int, options: JsonlOptions):
+        if not 0 < options.validation_fraction < 1:
+            raise UserError(f"jsonl.validation_fraction: {options.validation_fraction} must lie between 0 and 1.")
+        if not options.tolerance >= 0:
+            raise UserError(f"jsonl.tolerance: {options.tolerance} must not be negative.")
+        self.name = f"jsonl:{path}"
+        self.seed_prompt = options.seed_prompt
+        self._options = options
+        self._verify = make_verifier(options.verifier, options.answer_field, options.tolerance)
+        self.train: Sequence[Problem]
+        self.validation: Sequence[Problem]
+        problems = self._read(path, self.name)
+        if options.validation_path:
+            self.train = problems
+            self.validation = self._read(options.validation_path, f"{self.name}/validation")
+            self._check_disjoint(path)
+        else:
+            self.train, self.validation = self._split(problems, path, seed)
+
+    def messages(self, prompt: str, problem: Problem) -> list[Message]:
+        return [{"role": "system", "content": prompt}, {"role": "user", "content": self._text(problem)}]
+
+    def verify(self, problem: Problem, response: str) -> Verdict:
+        return self._verify(problem.data, response)
+
+    @property
+    def phrasebook(self) -> Mapping[str, Sequence[str]]:
+        return {}
+
+    def _text(self, problem: Problem) -> str:
+        return problem.data[self._options.problem_field]
+
+    def _read(self, path: str, id_prefix: str) -> list[Problem]:
+        first_line: dict[str, int] = {}  # of each id
+        problems = []
+        for number, row in _objects(path):
+            where = f"{path}, line {number}"
+            text = _field(row, self._options.problem_field, "jsonl.problem_field", where)
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"{where}: field '{self._options.problem_field}' is {text!r:.80}; it must be a text.")
+            try:
+                self._verify.check(row)
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from None
+            name = _label(row, self._options.id_field, "jsonl.id_field", where) or str(number)
+            if name in first_line:
+                raise UserError(
+                    f"{where}: the id {name!r} stands on line {first_line[name]} already; "
+                    f"make the values of '{self._options.id_field}' unique."
+                )
+            first_line[name] = number
+            visible = _label(row, self._options.slice_field, "jsonl.slice_field", where)
+            problems.append(Problem(f"{id_prefix}/{name}", row, visible))
+        if not problems:
+            raise UserError(f"{path}: the file has no problems; give one JSON object a line.")
+        return problems
+
+    def _split(self, problems: list[Problem], path: str, seed: int) -> tuple[list[Problem], list[Problem]]:
+        """(train, validation), each in the file's order."""
+        texts = list(dict.fromkeys(self._text(p) for p in problems))
+        if len(texts) < 2:
+            raise UserError(
+                f"{path}: one distinct problem cannot be split; give two or more, or set jsonl.validation_path."
+            )
+        stream(seed, self.name, "split").shuffle(texts)
+        n = min(max(1, round(len(texts) * self._options.validation_fraction)), len(texts) - 1)
+        held_out = set(texts[:n])
+        return (
+            [p for p in problems if self._text(p) not in held_out],
+            [p for p in problems if self._text(p) in held_out],
+        )
+
+    def _check_disjoint(self, path: str) -> None:
+        train = {self._text(p) for p in self.train}
+        for p in self.validation:
+            if self._text(p) in train:
+                raise UserError(
+                    f"{self._options.validation_path}: the problem {self._text(p)!r:.80} is in {path} too; "
+                    "remove it from one of them."
+                )
+
+
+def _objects(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not blank."""
+    try:
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except OSError as e:
+        raise UserError(f"jsonl:{path}: cannot read the file ({e.strerror}); give the path of a JSONL file.") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as e:
+            raise UserError(
+                f"{path}, line {number}: not UTF-8 at byte {e.start + 1}; save the file as UTF-8."
+            ) from None
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}, line {number}: not JSON ({e}); give one JSON object a line.") from None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}, line {number}: {row!r:.80} is a {type(row).__name__}, not an object; "
+                'write it as {"problem": ..., "answer": ...}.'
+            )
+        yield number, row
+
+
+def _field(row: Mapping[str, Any], name: str, option: str, where: str) -> Any:
+    if name not in row:
+        raise UserError(f"{where}: there is no field '{name}', only {sorted(row)}; add it or set {option}.")
+    return row[name]
+
+
+def _label(row: Mapping[str, Any], name: str, option: str, where: str) -> str:
+    """An id or slice as text; "" when no field is named."""
+    if not name:
+        return ""
+    value = _field(row, name, option, where)
+    if not isinstance(value, str | int) or value == "":
+        raise UserError(f"{where}: field '{name}' is {value!r:.80}; it must be a text or a whole number.")
+    return str(value)

@@ -1,0 +1,202 @@
+"""Verifiers for problems from a file: exact, numeric, regex, math, or a function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from fst_fast.errors import UserError
+from fst_fast.records import Verdict
+from fst_fast.tasks.math_check import MathChecker
+
+Row = Mapping[str, Any]  # one problem's JSON object
+KNOWN = "exact, numeric, regex, math or python:MODULE:FUNCTION"
+
+
+class Verifier(Protocol):
+    def check(self, row: Row) -> None:
+        """Raises UserError when the problem cannot be verified, before any work is done on it."""
+        ...
+
+    def __call__(self, row: Row, response: str) -> Verdict: ...
+
+
+def make_verifier(name: str, answer_field: str, tolerance: float) -> Verifier:
+    """The verifier called `name`; UserError when there is none or the user's function cannot be imported."""
+    match name:
+        case "exact":
+            return Exact(answer_field)
+        case "numeric":
+            return Numeric(answer_field, tolerance)
+        case "regex":
+            return Regex(answer_field)
+        case "math":
+            return Math(answer_field)
+    if name.startswith("python:"):
+        return UserFunction(name)
+    raise UserError(f"jsonl.verifier: {name!r} is not known; choose {KNOWN}.")
+
+
+def final_answer(response: str) -> str:
+    """The rest of the line after the last "answer:", or the line after it; without one, the last line with text."""
+    tail = re.split(r"answer\W{0,4}:", response, flags=re.IGNORECASE)
+    lines = [line.strip(" *") for line in tail[-1].splitlines() if line.strip(" *")]  # "**Answer:** 5"
+    if not lines:
+        return ""
+    return lines[0 if len(tail) > 1 else -1]
+
+
+class Exact:
+    """The whole response, or its final answer, equals the answer up to surrounding space."""
+
+    def __init__(self, answer_field: str):
+        self.answer_field = answer_field
+
+    def check(self, row: Row) -> None:
+        """The answer is a text or a number."""
+        if self.answer_field not in row:
+            raise UserError(
+                f"there is no field '{self.answer_field}', only {sorted(row)}; add it or set jsonl.answer_field."
+            )
+        value = row[self.answer_field]
+        if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value).strip():
+            raise UserError(f"field '{self.answer_field}' is {value!r:.80}; it must be a text or a number.")
+
+    def answer(self, row: Row) -> str:
+        return str(row[self.answer_field]).strip()
+
+    def __call__(self, row: Row, response: str) -> Verdict:
+        return _compared(final_answer(response), self.answer(row), response.strip() == self.answer(row))
+
+
+class Numeric(Exact):
+    """The last number of the final answer lies within the tolerance of the answer."""
+
+    NUMBER = re.compile(
+        r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?"
+    )
+    LONGEST = 2000  # characters of a final answer that are read
+
+    def __init__(self, answer_field: str, tolerance: float):
+        super().__init__(answer_field)
+        self.tolerance = tolerance
+
+    def check(self, row: Row) -> None:
+        super().check(row)
+        text = self.answer(row)
+        if not self.NUMBER.fullmatch(text) or not math.isfinite(_number(text)):
+            raise UserError(f"field '{self.answer_field}' is {text!r:.80}; the verifier numeric needs a finite number.")
+
+    def __call__(self, row: Row, response: str) -> Verdict:
+        expected = self.answer(row)
+        found = self.NUMBER.findall(final_answer(response)[-self.LONGEST :].replace("−", "-"))
+        if not found:
+            return Verdict(0.0, f"there is no number in the final answer. expected: {expected}")
+        close = math.isclose(_number(found[-1]), _number(expected), rel_tol=self.tolerance, abs_tol=self.tolerance)
+        return _compared(found[-1], expected, close)
+
+
+class Regex(Exact):
+    """The pattern is found somewhere in the response; ^ and $ anchor it to the whole."""
+
+    LONGEST = 10_000  # characters of a response that are searched: a pattern can be slow, and cannot be interrupted
+
+    def check(self, row: Row) -> None:
+        super().check(row)
+        try:
+            re.compile(self.answer(row))
+        except (re.error, OverflowError, RecursionError) as e:
+            raise UserError(
+                f"field '{self.answer_field}' is no regular expression ({e}): {self.answer(row)!r:.80}."
+            ) from None
+
+    def __call__(self, row: Row, response: str) -> Verdict:
+        if re.search(self.answer(row), response.strip()[-self.LONGEST :]):
+            return Verdict(1.0, "correct.")
+        return Verdict(0.0, f"the response does not match the pattern {self.answer(row)}")
+
+
+class Math(Exact):
+    """The final expression equals the answer mathematically, by math-verify: 0.5 is \\frac{1}{2}."""
+
+    def __init__(self, answer_field: str):
+        super().__init__(answer_field)
+        self.checker = MathChecker()
+
+    def __call__(self, row: Row, response: str) -> Verdict:
+        expected = self.answer(row)
+        outcome = self.checker.check(expected, response)
+        if outcome == "no answer":
+            raise UserError(f"field '{self.answer_field}' is {expected!r:.80}; math-verify finds no mathematics in it.")
+        feedback = {
+            "right": "correct.",
+            "wrong": f"the answer {final_answer(response)[:200]!r} is wrong. expected: {expected}",
+            "no response": f"there is no mathematical answer. expected: {expected}",
+            "stuck": f"the answer could not be evaluated. expected: {expected}",
+        }
+        return Verdict(float(outcome == "right"), feedback[outcome])
+
+
+class UserFunction:
+    """`python:MODULE:FUNCTION`, called with (row, response). What it raises propagates, with a note saying where."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.function = _import(name)
+
+    def check(self, row: Row) -> None:
+        """The function reads what it likes."""
+
+    def __call__(self, row: Row, response: str) -> Verdict:
+        try:
+            result = self.function(dict(row), response)
+        except Exception as e:
+            e.add_note(
+                f"in the verifier {self.name}, on the problem {dict(row)!r:.300} and the response {response!r:.300}"
+            )
+            raise
+        match result:
+            case Verdict():
+                verdict = result
+            case bool() | int() | float():
+                verdict = Verdict(float(result), "correct." if result == 1 else f"the reward is {float(result):g}.")
+            case (bool() | int() | float() as reward, str() as feedback):
+                verdict = Verdict(float(reward), feedback)
+            case _:
+                raise UserError(
+                    f"jsonl.verifier: {self.name} returned {result!r:.80}; "
+                    "it must return a reward from 0 to 1, (reward, feedback) or a Verdict."
+                )
+        if not 0 <= verdict.reward <= 1:
+            raise UserError(f"jsonl.verifier: {self.name} returned the reward {verdict.reward}; it must lie in [0, 1].")
+        return verdict
+
+
+def _import(name: str) -> Callable[[dict[str, Any], str], Any]:
+    parts = name.split(":")
+    if len(parts) != 3 or not all(parts):
+        raise UserError(f"jsonl.verifier: {name!r} must have the form python:MODULE:FUNCTION.")
+    _, module, function = parts
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as e:
+        raise UserError(
+            f"jsonl.verifier: {name!r} cannot be imported ({e}); MODULE must be on PYTHONPATH or in the current "
+            "directory, and define FUNCTION."
+        ) from e
+    if not callable(found):
+        raise UserError(f"jsonl.verifier: {name!r} is a {type(found).__name__}, not a function.")
+    return found
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def _compared(found: str, expected: str, right: bool) -> Verdict:
+    if right or found == expected:
+        return Verdict(1.0, "correct.")
+    return Verdict(0.0, f"the answer {found[:200]!r} is wrong. expected: {expected}")
