@@ -6,6 +6,8 @@ what the embedded model needs and is the default while no `--model.path` is give
 
 from __future__ import annotations
 
+import difflib
+import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -168,11 +170,140 @@ class Config:
     jsonl: JsonlOptions = field(default_factory=JsonlOptions)
 
 
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` steps on the task named `task`, from step `start` of the run."""
+
+    index: int
+    task: str
+    start: int
+    steps: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.steps
+
+
+def stages(stream: str) -> list[Stage]:
+    """Parses --stream: TASK@STEPS, comma-separated."""
+    out: list[Stage] = []
+    for part in stream.split(","):
+        task, _, steps = part.strip().rpartition("@")
+        if not (task and steps.isdecimal() and int(steps) > 0):
+            raise UserError(f"stream: {part.strip()!r} is not TASK@STEPS with a positive number of steps, e.g. glyph:A@60")
+        out.append(Stage(len(out), task, out[-1].end if out else 0, int(steps)))
+    return out
+
+
 # The embedded run as measured in embedded.md: P 16, G 8, 2 minibatches, T 10, minibatch 8, 24 scoring problems, pool 10.
 GLYPH = Config(
     rollout=RolloutConfig(problems=16, max_new_tokens=20),
     fast=FastConfig(every=10, minibatch=8, scoring_problems=24, reflector="phrasebook"),
     slow=SlowConfig(lr=3e-4, beta2=0.99, warmup=0, minibatches=2, kl_coef=0.0),
+    eval=EvalConfig(samples=2),
 )
-PAPER = Config()
-PRESETS: dict[str, Config] = {"glyph": GLYPH, "paper": PAPER}
+PRESETS = {"glyph": GLYPH, "paper": Config()}
+
+
+def preset(name: str, mode: Mode) -> Config:
+    """The defaults a run starts from. On glyph RL alone learns best at a larger rate (measured, embedded.md)."""
+    config = replace(PRESETS[name], mode=mode)
+    if name == "glyph" and mode in ("rl", "rl-then-gepa"):
+        config = replace(config, slow=replace(config.slow, lr=5e-4))
+    return config
+
+
+def check(config: Config) -> None:
+    """Reject what cannot work, before any work. Raises UserError."""
+    at_least_one = {
+        "rollout.problems": config.rollout.problems,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+        "rollout.max_batch": config.rollout.max_batch,
+        "fast.population": config.fast.population,
+        "fast.every": config.fast.every,
+        "fast.proposals": config.fast.proposals,
+        "fast.first_proposals": config.fast.first_proposals,
+        "fast.parallel": config.fast.parallel,
+        "fast.minibatch": config.fast.minibatch,
+        "fast.scoring_problems": config.fast.scoring_problems,
+        "fast.pool": config.fast.pool,
+        "slow.minibatches": config.slow.minibatches,
+        "slow.micro_tokens": config.slow.micro_tokens,
+        "eval.every": config.eval.every,
+        "eval.problems": config.eval.problems,
+        "eval.samples": config.eval.samples,
+        "checkpoint_every": config.checkpoint_every,
+        "keep_checkpoints": config.keep_checkpoints,
+    }
+    for name, number in at_least_one.items():
+        if number < 1:
+            raise UserError(f"{name} = {number}: must be at least 1")
+    positive = {
+        "rollout.temperature": config.rollout.temperature,
+        "slow.lr": config.slow.lr,
+        "slow.clip": config.slow.clip,
+        "slow.weight_max": config.slow.weight_max,
+        "reflector.timeout": config.reflector.timeout,
+    }
+    for name, value in positive.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"{name} = {value}: must be a positive number")
+    size, k = config.rollout.group_size, config.fast.population
+    if size < 2:
+        raise UserError(f"rollout.group_size = {size}: an advantage needs at least 2 rollouts of a problem")
+    if config.mode == "fst" and size % k:
+        fitting = [d for d in range(1, size + 1) if size % d == 0]
+        raise UserError(
+            f"rollout.group_size = {size} cannot be spread evenly over fast.population = {k} prompts; "
+            f"use a population of {' or '.join(map(str, fitting))}, or a group size divisible by {k}"
+        )
+    if config.slow.minibatches > config.rollout.problems:
+        raise UserError(
+            f"slow.minibatches = {config.slow.minibatches}: a minibatch is whole groups, and there are only "
+            f"rollout.problems = {config.rollout.problems}"
+        )
+    if config.fast.scoring_problems > (ahead := config.fast.every * config.rollout.problems):
+        raise UserError(
+            f"fast.scoring_problems = {config.fast.scoring_problems}: the next fast.every x rollout.problems = "
+            f"{config.fast.every} x {config.rollout.problems} batches hold {ahead}; use at most that"
+        )
+    stages(config.stream)
+
+
+def to_toml(config: Config) -> str:
+    """The text of config.toml."""
+    import tomli_w
+
+    return tomli_w.dumps(asdict(config))
+
+
+def from_dict(data: dict[str, Any], default: Config, *, source: str) -> Config:
+    """`default` with the fields of parsed TOML. Unknown fields and wrong types raise UserError naming them."""
+    from pydantic import TypeAdapter, ValidationError
+
+    merged = _merge(asdict(default), data, source)
+    try:
+        # JSON mode: strict types, but a list may stand for a tuple
+        return TypeAdapter(Config).validate_json(json.dumps(merged), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{source}: {name} = {first['input']!r}: {first['msg']}") from None
+    except TypeError as error:  # dates are TOML, not JSON
+        raise UserError(f"{source}: {error}") from None
+
+
+def _merge(base: dict[str, Any], given: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    out = dict(base)
+    for key, value in given.items():
+        if key not in base:
+            near = difflib.get_close_matches(key, base, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there is: {', '.join(base)}"
+            raise UserError(f"{source}: unknown field {prefix}{key}; {hint}")
+        if isinstance(base[key], dict):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {prefix}{key} = {value!r}: must be a table")
+            value = _merge(base[key], value, source, f"{prefix}{key}.")
+        out[key] = value
+    return out

@@ -1,0 +1,102 @@
+"""Command lines: configuration from preset, file and flags; user errors become one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fst_fast.config import MODES, PRESETS, Config, check, from_dict, preset
+from fst_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Fast-Slow Training: evolve prompts (GEPA) and train weights (CISPO) in one loop.
+
+    Without arguments: the embedded run, FST on glyph with a task switch, on any machine in minutes.
+    """
+
+    preset: str = ""
+    """Defaults to start from: "glyph" (the embedded model) or "paper" (the paper's recipe). Empty = glyph while no
+    model.path is given, else paper."""
+    config_file: str = ""
+    """TOML file with any of the fields below, e.g. the config.toml of another run; flags override it."""
+    resume: str = ""
+    """Run directory to continue exactly where its last checkpoint stands; no other flag is allowed with it."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def parse_train(argv: Sequence[str]) -> TrainCommand:
+    """The command line of `fst_fast.train`. Preset, mode and file are read first: they set the flags' defaults."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--preset", "--mode", "--config-file", "--model.path", "--resume"):
+        early.add_argument(name, default="")
+    known, rest = early.parse_known_args(list(argv))
+    if known.resume:
+        if rest or known.preset or known.mode or known.config_file or getattr(known, "model.path"):
+            raise UserError("--resume continues a run with its own configuration; give it no other flags")
+        return TrainCommand(resume=known.resume)
+    data = read_toml(known.config_file) if known.config_file else {}
+    mode = known.mode or data.get("mode", "fst")
+    if mode not in MODES:
+        raise UserError(f"mode = {mode!r}: must be one of {', '.join(MODES)}")
+    model = data.get("model", {})
+    path = getattr(known, "model.path") or (model.get("path", "") if isinstance(model, dict) else "")
+    name = known.preset or ("paper" if path else "glyph")
+    if name not in PRESETS:
+        raise UserError(f"preset = {name!r}: must be one of {', '.join(PRESETS)}")
+    default = preset(name, mode)
+    if data:
+        default = from_dict(data, default, source=known.config_file)
+    return tyro.cli(
+        TrainCommand,
+        args=list(argv),
+        default=TrainCommand(preset=name, config_file=known.config_file, config=default),
+        prog="python -m fst_fast.train",
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def config_from(argv: Sequence[str]) -> Config:
+    """The checked configuration of a command line without --resume."""
+    config = parse_train(argv).config
+    check(config)
+    return config
+
+
+def read_toml(path: str | Path) -> dict[str, object]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run a command: 2 and one sentence on what the user can mend, 130 when interrupted. Other errors propagate."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(_say(f"error: {error}", 2))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_say(f"error: no space left on the disk{where}; make room, then --resume from the last checkpoint", 2))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted; --resume continues from the last checkpoint", 130))
+
+
+def _say(text: str, code: int) -> int:
+    print(text.encode("utf-8", "replace").decode(), file=sys.stderr)
+    return code

@@ -1,0 +1,124 @@
+"""Evaluation on held-out problems: mean@k under each prompt, per slice, under the seed prompt; exact KL to the base.
+
+`python -m fst_fast.evaluate RUN` evaluates a run's last checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fst_fast.config import EvalConfig
+from fst_fast.model import Model
+from fst_fast.records import Prompt, Rollout
+from fst_fast.rollout.collect import Ask, Collector
+from fst_fast.slow.learner import token_kl
+from fst_fast.slow.policy import micro_batches, response_hidden
+from fst_fast.tasks.glyph import GlyphTask, instruction_cases
+from fst_fast.tasks.task import Task
+
+Scores = Mapping[str, Mapping[str, float]]  # prompt id → problem id → mean reward over samples
+
+
+def evaluate(
+    collector: Collector,
+    task: Task,
+    model: Model,
+    base: Model,
+    population: Sequence[Prompt],
+    best: Prompt,
+    config: EvalConfig,
+    *,
+    step: int,
+    micro_tokens: int,
+    key: tuple[str | int, ...],
+) -> dict[str, Any]:
+    """Metrics of one evaluation (the fields of an "eval" line in metrics.jsonl)."""
+    seed_prompt = Prompt(task.seed_prompt)
+    prompts = list(dict.fromkeys([best, *population, seed_prompt]))
+    problems = list(task.validation[: config.problems])
+    asks = [Ask(p, x, s) for p in prompts for x in problems for s in range(config.samples)]
+    rollouts = collector.collect(task, asks, purpose="eval", step=step, key=key)
+    scores = mean_scores(rollouts)
+    by_prompt = {p.id: mean(scores[p.id].values()) for p in prompts}
+    own = [r for r in rollouts if r.prompt == best]
+    slices = {x.id: x.slice for x in problems}
+    record: dict[str, Any] = {
+        "reward": by_prompt[best.id],
+        "reward_by_prompt": by_prompt,
+        "reward_mean_prompt": mean(by_prompt[p.id] for p in population),
+        "reward_per_slice": cross_fitted({p.id: scores[p.id] for p in population}, slices),
+        "reward_seed": by_prompt[seed_prompt.id],
+        "kl": mean_kl(model, base, [r for r in own if r.sample == 0], micro_tokens),
+        "entropy": mean(-lp for r in own for lp in r.logprobs),
+        "best_prompt": best.id,
+        "samples": config.samples,
+        "problems": len(problems),
+    }
+    if isinstance(task, GlyphTask):
+        cases = instruction_cases(64, 77)
+        followed = collector.collect(
+            task, [Ask(Prompt(text), x) for text, x in cases], purpose="eval", step=step, key=(*key, "retention")
+        )
+        record["retention"] = mean(r.reward for r in followed)
+    return record
+
+
+def mean_scores(rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:
+    """Mean reward per prompt and problem."""
+    rewards: dict[str, dict[str, list[float]]] = {}
+    for r in rollouts:
+        rewards.setdefault(r.prompt.id, {}).setdefault(r.problem.id, []).append(r.reward)
+    return {p: {x: mean(v) for x, v in by_problem.items()} for p, by_problem in rewards.items()}
+
+
+def cross_fitted(scores: Scores, slices: Mapping[str, str]) -> float:
+    """Mean reward when each slice's problems get the slice's best prompt, chosen on one half of them and scored on the
+    other, both ways: choosing and scoring on the same problems would count luck as skill."""
+    total = 0.0
+    for name in sorted(set(slices.values())):
+        members = [x for x in slices if slices[x] == name]
+        halves = members[::2], members[1::2]
+        for chosen_on, scored_on in (halves, halves[::-1]):
+            winner = max(scores, key=lambda p: mean(scores[p][x] for x in chosen_on))
+            total += sum(scores[winner][x] for x in scored_on)
+    return total / len(slices)
+
+
+@torch.no_grad()
+def mean_kl(model: Model, base: Model, rollouts: Sequence[Rollout], micro_tokens: int) -> float:
+    """Exact KL(π_train ‖ π_base) in nats, averaged over the response tokens of the policy's own rollouts."""
+    total, tokens = 0.0, 0
+    for indices in micro_batches(rollouts, micro_tokens):
+        batch = [rollouts[i] for i in indices]
+        kl = token_kl(model, response_hidden(model, batch), base, response_hidden(base, batch), batch)
+        total += float(kl.double().sum())
+        tokens += len(kl)
+    return total / tokens
+
+
+def mean(values: Any) -> float:
+    """Arithmetic mean of an iterable; 0 when it is empty."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def levels_reached(records: Sequence[Mapping[str, Any]], levels: Sequence[float]) -> list[dict[str, Any]]:
+    """Per stage and level: steps, rollouts and generated tokens from the stage's start to the first evaluation at or
+    above the level (None: never). `records` are metrics lines in order; evaluation's own rollouts are not counted."""
+    evals = [r for r in records if r["kind"] == "eval"]
+    out = []
+    for stage in sorted({r["stage"] for r in evals}):
+        own = [r for r in evals if r["stage"] == stage]
+        for level in levels:
+            hit = next((r for r in own if r["reward"] >= level), None)
+            out.append(
+                {"stage": stage, "task": own[0]["task"], "level": level}
+                | {
+                    name: None if hit is None else hit[field] - own[0][field]
+                    for name, field in (("steps", "step"), ("rollouts", "rollouts"), ("tokens", "tokens"))
+                }
+            )
+    return out

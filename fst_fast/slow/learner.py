@@ -1,0 +1,165 @@
+"""One slow step: groups → minibatches → fst_kernels loss → backward → clipped AdamW step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fst_fast.config import SlowConfig
+from fst_fast.model import Model
+from fst_fast.records import Group, Rollout
+from fst_fast.slow.advantage import advantages, has_signal
+from fst_fast.slow.policy import Policy, micro_batches, response_hidden, response_targets
+from fst_kernels import linear_kl, linear_policy_loss
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one slow step did; metrics are token means over what was trained on."""
+
+    groups: int
+    live_groups: int  # with differing rewards; the others carry no gradient and are skipped
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A rollout as the loss sees it: one scalar advantage and one weight for all its tokens."""
+
+    rollout: Rollout
+    advantage: float
+    weight: float  # of each token, before division by the minibatch's denominator
+
+
+LossOf = Callable[[list[Sample], float], tuple[torch.Tensor, dict[str, float]]]  # (micro-batch, denominator)
+
+
+class Learner:
+    """Trains `policy` with a policy gradient (CISPO by default) or by distillation. `base` is the frozen start."""
+
+    def __init__(self, policy: Policy, base: Model, config: SlowConfig):
+        self.policy, self.base, self.config = policy, base, config
+
+    def step(self, groups: Sequence[Group], rng: random.Random) -> StepReport:
+        """Paper's Eq. 4: L = −(1/P) Σ_x [Σ_{i,t} sg(min(ρ, τ)) A log π] / Σ_i |y_i| over the P problems of a minibatch.
+
+        P counts every problem of the minibatch, also those skipped: a problem weighs the same in every step.
+        """
+        minibatches: list[list[Sample]] = []
+        denominators: list[float] = []
+        shuffled = rng.sample(list(groups), len(groups))
+        for i in range(self.config.minibatches):
+            part = shuffled[i :: self.config.minibatches]
+            samples = [s for g in part if has_signal(g) for s in self._samples(g)]
+            by_problem = self.config.average == "problem"
+            minibatches.append(samples)
+            denominators.append(len(part) if by_problem else sum(len(r.response_ids) for g in part for r in g.rollouts))
+        metrics = self._train(minibatches, denominators, self._policy_loss)
+        return StepReport(len(groups), sum(map(has_signal, groups)), metrics)
+
+    def distill(
+        self, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]], rng: random.Random
+    ) -> StepReport:
+        """Reverse KL(student ‖ frozen prompted teacher) on the student's own rollouts, exact over the vocabulary.
+
+        `contexts[i]` is rollout i's problem under the teacher's prompt; every problem weighs the same. No reward used.
+        """
+        self._teacher_context = {id(r): c for r, c in zip(rollouts, contexts, strict=True)}
+        tokens: dict[str, int] = {}
+        for r in rollouts:
+            tokens[r.problem.id] = tokens.get(r.problem.id, 0) + len(r.response_ids)
+        shuffled = rng.sample(list(rollouts), len(rollouts))
+        parts = [shuffled[i :: self.config.minibatches] for i in range(self.config.minibatches)]
+        minibatches = [[Sample(r, 0.0, 1.0 / tokens[r.problem.id]) for r in part] for part in parts]
+        metrics = self._train(minibatches, [len(tokens) / len(parts)] * len(parts), self._distill_loss)
+        return StepReport(len(tokens), len(tokens), metrics)
+
+    def _samples(self, group: Group) -> list[Sample]:
+        scores = advantages(group, baseline=self.config.baseline)
+        tokens = sum(len(r.response_ids) for r in group.rollouts)
+        weight = 1.0 / tokens if self.config.average == "problem" else 1.0
+        return [Sample(r, a, weight) for r, a in zip(group.rollouts, scores, strict=True)]
+
+    def _train(self, minibatches: list[list[Sample]], denominators: list[float], loss_of: LossOf) -> dict[str, float]:
+        """One optimizer step per non-empty minibatch, gradients accumulated over its micro-batches."""
+        sums: dict[str, float] = {}
+        count, updates = 0, 0
+        for samples, denominator in zip(minibatches, denominators, strict=True):
+            if not samples:
+                continue
+            for indices in micro_batches([s.rollout for s in samples], self.config.micro_tokens):
+                micro = [samples[i] for i in indices]
+                tokens = sum(len(s.rollout.response_ids) for s in micro)
+                loss, metrics = loss_of(micro, denominator)
+                loss.backward()
+                sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value * tokens
+                count += tokens
+            sums["grad_norm"] = sums.get("grad_norm", 0.0) + self.policy.update()
+            updates += 1
+        if not updates:
+            return {}
+        per_update = ("loss", "grad_norm")
+        return {name: value / (updates if name in per_update else count) for name, value in sums.items()}
+
+    def _policy_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
+        rollouts = [s.rollout for s in micro]
+        model, head, device = self.policy.model, self.policy.model.head, self.policy.model.device
+        lengths = torch.tensor([len(r.response_ids) for r in rollouts], device=device)
+        ref_hidden = ref_weight = ref_bias = None
+        if self.config.kl_coef:
+            ref_weight, ref_bias = self.base.head.weight, self.base.head.bias
+            with torch.no_grad():
+                ref_hidden = response_hidden(self.base, rollouts)
+        out = linear_policy_loss(
+            response_hidden(model, rollouts),
+            head.weight,
+            response_targets(rollouts, device),
+            torch.tensor([p for r in rollouts for p in r.logprobs], device=device),
+            torch.tensor([s.advantage for s in micro], device=device).repeat_interleave(lengths),
+            kind=self.config.loss,
+            weight_max=self.config.weight_max,
+            clip_low=self.config.clip_low,
+            clip_high=self.config.clip_high,
+            token_weights=torch.tensor([s.weight for s in micro], device=device).repeat_interleave(lengths),
+            entropy_coef=self.config.entropy_coef,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            kl_coef=self.config.kl_coef,
+            temperature=rollouts[0].sampling.temperature,
+            softcap=head.softcap,
+            bias=head.bias,
+            denominator=denominator,
+        )
+        names = {"ratio": "ratio_mean", "clipped": "ratio_clipped_fraction", "k3": "behavior_k3_mean", "kl_ref": "kl_mean"}
+        return out.loss, {ours: float(out.metrics[theirs]) for ours, theirs in names.items() if theirs in out.metrics}
+
+    def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
+        rollouts = [s.rollout for s in micro]
+        with torch.no_grad():
+            teacher = response_hidden(self.base, rollouts, [self._teacher_context[id(r)] for r in rollouts])
+        kl = token_kl(self.policy.model, response_hidden(self.policy.model, rollouts), self.base, teacher, rollouts)
+        weights = torch.tensor([s.weight for s in micro for _ in s.rollout.response_ids], device=kl.device)
+        return (kl * weights).sum() / denominator, {"kl_teacher": float(kl.detach().mean())}
+
+
+def token_kl(
+    p: Model, hidden_p: torch.Tensor, q: Model, hidden_q: torch.Tensor, rollouts: Sequence[Rollout]
+) -> torch.Tensor:
+    """Exact KL(p ‖ q) [N] over the whole vocabulary at each response token, at the rollouts' temperature."""
+    return linear_kl(
+        hidden_p,
+        p.head.weight,
+        hidden_q,
+        q.head.weight,
+        direction="forward",
+        temperature=rollouts[0].sampling.temperature,
+        bias_p=p.head.bias,
+        bias_q=q.head.bias,
+        softcap=p.head.softcap,
+    )

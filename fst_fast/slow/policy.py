@@ -1,0 +1,91 @@
+"""The trained weights: model, optimizer with warm-up, and hidden states of responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fst_fast.config import SlowConfig
+from fst_fast.model import Model
+from fst_fast.records import Rollout
+
+
+class Policy:
+    """A model and its AdamW. The engine samples from the same parameters: nothing to copy on one machine."""
+
+    def __init__(self, model: Model, config: SlowConfig):
+        self.model, self.config = model, config
+        self.optimizer = torch.optim.AdamW(
+            model.lm.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        self.updates = 0  # optimizer steps taken
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next optimizer step: linear warm-up, then constant."""
+        return self.config.lr * min(1.0, (self.updates + 1) / max(1, self.config.warmup))
+
+    def update(self) -> float:
+        """Clip the gradients, take one optimizer step, clear them; returns the norm before clipping.
+
+        A norm that is not finite raises: stepping on it would silently destroy the weights.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.lm.parameters(), self.config.clip))
+        if not norm < float("inf"):
+            raise FloatingPointError(f"gradient norm is {norm} at optimizer step {self.updates}; the last checkpoint is good")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+
+
+def response_hidden(model: Model, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]] | None = None) -> torch.Tensor:
+    """Hidden states [N, H] that predict the responses' tokens, rollout after rollout, N = their total length.
+
+    `contexts` replaces the rollouts' own prompts (distillation: the same response under another prompt).
+    Right padding under a causal mask needs no mask of its own.
+    """
+    heads = contexts if contexts is not None else [r.prompt_ids for r in rollouts]
+    rows = [head + r.response_ids for head, r in zip(heads, rollouts, strict=True)]
+    width = max(map(len, rows)) - 1  # the last token predicts nothing that is needed
+    ids = torch.tensor([(row + (0,) * width)[:width] for row in rows], device=model.device)
+    hidden = model.hidden(ids, use_cache=False)
+    row = torch.tensor([i for i, r in enumerate(rollouts) for _ in r.response_ids], device=model.device)
+    column = torch.tensor(
+        [len(h) - 1 + t for h, r in zip(heads, rollouts, strict=True) for t in range(len(r.response_ids))],
+        device=model.device,
+    )
+    return hidden[row, column]
+
+
+def response_targets(rollouts: Sequence[Rollout], device: torch.device) -> torch.Tensor:
+    """Token ids [N] of the responses, in the order of `response_hidden`."""
+    return torch.tensor([t for r in rollouts for t in r.response_ids], device=device)
+
+
+def micro_batches(rollouts: Sequence[Rollout], budget: int) -> Iterator[list[int]]:
+    """Indices of rollouts in batches of at most `budget` padded tokens, similar lengths together."""
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+    batch: list[int] = []
+    for i in sorted(range(len(rollouts)), key=lambda i: (lengths[i], i)):
+        if batch and lengths[i] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
