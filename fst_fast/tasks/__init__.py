@@ -5,6 +5,7 @@ from __future__ import annotations
 from fst_fast.errors import UserError
 from fst_fast.tasks.glyph import GlyphTask
 from fst_fast.tasks.jsonl import JsonlOptions, JsonlTask
+from fst_fast.tasks.star_graph import StarGraphTask
 from fst_fast.tasks.task import Task
 
 FORMS = (
@@ -19,6 +20,8 @@ def make_task(spec: str, *, seed: int, jsonl: JsonlOptions | None = None) -> Tas
     match kind:
         case "glyph":
             return GlyphTask(rest, seed)
+        case "star_graph":
+            return StarGraphTask(rest, seed)
         case "jsonl":
             return JsonlTask(rest, seed, jsonl or JsonlOptions())
     raise UserError(f"task {spec!r}: there is no such task; known are {FORMS}.")
