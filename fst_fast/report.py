@@ -1,11 +1,471 @@
-"""`python -m fst_fast.report RUN [RUN...] [--out FILE]`: runs → one self-contained HTML page, no network, no script."""
+"""`python -m fst_fast.report RUN [RUN...] [--out FILE]`: runs → one self-contained HTML page, no network, no script.
+
+Every text of a model, data set or reflector is hostile: jinja2 escapes it, `clean` makes control characters visible.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import difflib
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from fst_fast.errors import UserError
+from fst_fast.files import write_atomic
+from fst_fast.plots import LINES, PANELS, VARIABLES, Group, group_runs, svg
+from fst_fast.telemetry import Record, Run, count, number, parse, plain, read_lines, read_run
+
+MAX_BYTES = 3_000_000  # of a page
+SAMPLED_BYTES = 32_000_000  # read of a run's rollouts
+
+MODES = {
+    "fst": "prompts evolved by GEPA and weights trained by CISPO, interleaved",
+    "rl": "weights trained by CISPO under the seed prompt alone",
+    "gepa": "prompts evolved by GEPA, weights frozen",
+    "rl-then-gepa": "weights trained by CISPO, then prompts evolved by GEPA",
+    "fst-distill": "prompts evolved by GEPA, their effect distilled into the weights",
+}
+MEASURES = (
+    ("reward", "reward, best single prompt"),
+    ("reward_per_slice", "reward, best prompt per slice (cross-fitted)"),
+    ("reward_mean_prompt", "reward, mean over the prompts"),
+    ("reward_seed", "reward, seed prompt"),
+    ("kl", "exact KL to the base, nats per token"),
+    ("entropy", "entropy, nats per token"),
+    ("retention", "other instructions still followed"),
+)
+
+
+@dataclass(frozen=True)
+class Caps:
+    """How much of a run is shown; what is left out is said on the page."""
+
+    proposals: int = 160
+    members: int = 24
+    rollouts: int = 48
+    chars: int = 2000
+
+    def divided(self, by: int) -> Caps:
+        parts = (self.proposals // by, self.members // by, self.rollouts // by)
+        return Caps(*(max(value, 1) for value in parts), chars=max(self.chars // by, 100))
 
 
 def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
     """Writes the page about one run, or about several overlaid, to `out`. UserError when a folder is no run."""
-    raise NotImplementedError
+    out, runs = Path(out), [read_run(run_dir) for run_dir in run_dirs]
+    if not runs:
+        raise UserError("write_report needs at least one run directory")
+    groups = group_runs(runs)
+    charts = [(panel, svg(panel, groups, number=i)) for i, panel in enumerate(PANELS) if any(run.evals for run in runs)]
+    lines = {run.dir: _Lines(run) for run in runs}
+    for divisor in (1, 2, 4, 8, 16, 32, 64, 128):  # until it fits
+        caps = Caps().divided(divisor)
+        page = (
+            _template()
+            .render(
+                title=_title(runs),
+                charts=charts,
+                groups=groups,
+                css_lines=[css for _, css in LINES],
+                variables=VARIABLES,
+                comparison=comparison(groups),
+                caveats=caveats(runs),
+                views=[view(run, lines[run.dir], caps) for run in runs],
+            )
+            .encode(errors="replace")
+        )
+        if len(page) <= MAX_BYTES:
+            break
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, page)
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fst_fast.report", description="Write runs as one HTML page.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("--out", type=Path, help="the page; default: RUN/report.html, for several beside the first")
+    options = parser.parse_args(arguments)
+    beside = options.runs[0] if len(options.runs) == 1 else options.runs[0].resolve().parent
+    try:
+        print(write_report(options.runs, options.out or beside / "report.html"))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"clean": clean, "plain": plain, "count": count, "number": number}
+    return environment.get_template("report.html.j2")
+
+
+def clean(text: object, limit: int) -> str:
+    """Text for a page: control and direction-changing characters made visible, lone surrogates replaced, cut."""
+    text = text if isinstance(text, str) else "" if text is None else str(text)
+    cut = f" … [{len(text) - limit:,} more characters]" if len(text) > limit else ""
+    text = re.sub(
+        r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text[:limit].replace("\r\n", "\n")
+    )
+    text = re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+    return re.sub(r"[\ud800-\udfff\ufffe\uffff]", "�", text) + cut
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def _title(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return f"{runs[0].mode} on {stream(runs[0])}, seed {runs[0].seed}"
+    modes = ", ".join(dict.fromkeys(group.mode for group in group_runs(runs)))
+    return f"{len(runs)} runs: {modes} on {' and '.join(dict.fromkeys(stream(run) for run in runs))}"
+
+
+def stream(run: Run) -> str:
+    return plain(str(run.config.get("stream", ", ".join(map(str, run.stages.values())) or "?")), 120)
+
+
+def reflector(run: Run) -> str:
+    """Who rewrote the prompts, in words."""
+    name = run.config.get("fast", {}).get("reflector", "?")
+    endpoint = run.config.get("reflector", {})
+    if run.mode == "rl":
+        return "none: this mode has the seed prompt alone"
+    return {
+        "phrasebook": "phrasebook: rule-based, offline",
+        "policy": "policy: the frozen base model itself",
+        "openai": f"{endpoint.get('model', '?')} at {hide_secrets(endpoint.get('base_url') or 'the default endpoint')}",
+    }.get(name, str(name))
+
+
+def caveats(runs: Sequence[Run]) -> list[str]:
+    """What a reader must know to read the numbers right (measured; see the project's notes on the embedded world)."""
+    found = []
+    if any(run.config.get("fast", {}).get("reflector") == "phrasebook" and run.mode != "rl" for run in runs):
+        found.append(
+            "The reflector is rule-based and offline. It sees feedback that names the wrong aspects of a response; the "
+            "scalar reward that trains the weights carries one bit at most. That asymmetry is the mechanism on show."
+        )
+    if any("glyph" in stream(run) and not run.config.get("model", {}).get("path") for run in runs):
+        found += [
+            "KL is close to arithmetic in this world: reaching reward 1 from a prompt that never says the rule costs "
+            "ln 1280 ≈ 7 nats a response; from a prompt that says it, almost nothing.",
+            "On one task, GEPA once and then RL does as well as FST; the switch of tasks is where interleaving shows, "
+            "as insurance when the first attempt found no good prompt. At equal proposals it gained nothing here.",
+            "K = 4 prompts show no gain over K = 1 when one rule governs all problems. With sliced tasks K > 1 pays, "
+            "per slice: read the best single prompt, the best per slice and the mean side by side.",
+            "Differences under about .05 mean nothing with 3 seeds. All of this is a 334 k-parameter model.",
+        ]
+    return found
+
+
+def comparison(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """A table per stage: a row per measure, a column per group, all seeds in a cell."""
+    tables = []
+    runs = [run for group in groups for run in group.runs]
+    for stage, task in sorted({item for run in runs for item in run.stages.items()}):
+        rows = []
+        for key, label in MEASURES:
+            rows.append(_row(label, groups, lambda run, s=stage, k=key: (run.last_eval(s) or {}).get(k), short))
+        rows = [row for i, row in enumerate(rows) if any(row["known"]) and (i == 0 or row["cells"] != rows[0]["cells"])]
+        reached = {(run.dir, r["level"]): r for run in runs for r in run.levels() if r["stage"] == stage}
+        for level in sorted({level for _, level in reached}):
+            for key in ("steps", "rollouts"):
+                spent = {run_dir: r[key] for (run_dir, of), r in reached.items() if of == level}
+                rows.append(
+                    _row(f"{key} to reward {level:g}", groups, lambda run, spent=spent: spent.get(run.dir), count)
+                )
+        tables.append({"stage": stage + 1, "task": task, "rows": rows})
+    return [*tables, {"stage": None, "task": "", "rows": [_row(label, groups, f, count) for label, f in TOTALS]}]
+
+
+TOTALS: tuple[tuple[str, Any], ...] = (
+    ("steps", lambda run: run.total("step")),
+    ("rollouts", lambda run: run.total("rollouts")),
+    ("of them GEPA's", lambda run: run.total("gepa_rollouts")),
+    ("tokens", lambda run: run.total("tokens")),
+    ("reflection calls", lambda run: run.reflection("calls")),
+)
+
+
+def _row(label: str, groups: Sequence[Group], value: Any, form: Callable[[float], str]) -> dict[str, Any]:
+    """Per group one cell with every seed, ".97 / .98 / –", and the median where there are at least three."""
+    row: dict[str, Any] = {"label": label, "cells": [], "medians": [], "known": []}
+    for group in groups:
+        values = [value(run) for run in group.runs]
+        known = [v for v in values if v is not None]
+        row["cells"].append(" / ".join("–" if v is None else form(v) for v in values))
+        row["medians"].append(form(statistics.median(known)) if len(known) == len(values) > 2 else "")
+        row["known"].append(bool(known))
+    return row
+
+
+def short(value: float) -> str:
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}")
+
+
+class _Lines:
+    """population.jsonl and a sample of rollouts.jsonl, read once."""
+
+    def __init__(self, run: Run) -> None:
+        self.notes: list[str] = []
+        population = list(read_lines(run.dir / "population.jsonl", self.notes))
+        self.candidates = [r for r in population if r.get("kind") == "candidate"]
+        self.population = next((r for r in reversed(population) if r.get("kind") == "population"), None)
+        self.rollouts, self.whole = sample_lines(run.dir / "rollouts" / "rollouts.jsonl", self.notes)
+        self.texts = {str(r.get("id")): str(r.get("text", "")) for r in self.candidates}
+
+
+def view(run: Run, lines: _Lines, caps: Caps) -> dict[str, Any]:
+    """Everything the page shows of one run, as plain data."""
+    spent = run.end["time"].get("seconds") if run.end and "time" in run.end else None
+    spent = spent or sum(r.get("time", {}).get("seconds", 0) for r in run.steps + run.evals + run.evolves)
+    rollouts, gepa = run.total("rollouts"), run.total("gepa_rollouts")
+    facts = [
+        ("mode", f"{run.mode}: {MODES.get(run.mode, 'unknown')}"),
+        ("task stream", stream(run)),
+        ("seed", str(run.seed)),
+        (
+            "model",
+            plain(run.config.get("model", {}).get("path", "?") or "the embedded glyph model, 334 k parameters", 120),
+        ),
+        ("reflector", reflector(run)),
+        ("reflection", f"{run.reflection('calls'):,.0f} calls, ${run.reflection('dollars'):.2f}"),
+        ("rollouts", f"{rollouts:,}, of them GEPA's {gepa:,} ({gepa / max(rollouts, 1):.0%})"),
+        ("tokens", f"{run.total('tokens'):,}, of them GEPA's {run.total('gepa_tokens'):,}"),
+        ("steps", f"{run.total('step'):,}"),
+        ("time", f"{spent / 60:.1f} minutes" if spent >= 120 else f"{spent:.0f} seconds"),
+    ]
+    return {
+        "name": plain(run.dir.resolve().name, 60),
+        "mode": run.mode,
+        "seed": run.seed,
+        "facts": facts,
+        "stages": _stages(run),
+        "lineage": lineage(lines.candidates, caps),
+        "members": members(run, lines, caps),
+        "pool": len((lines.population or {}).get("members", [])),
+        "rollouts": choose_rollouts(run, lines, caps),
+        "config": hide_secrets(_read(run.dir / "config.toml")),
+        "notes": [*run.notes, *lines.notes],
+        "chars": caps.chars,
+    }
+
+
+def _stages(run: Run) -> list[dict[str, Any]]:
+    reached = run.levels()
+    return [
+        {
+            "stage": stage + 1,
+            "task": task,
+            "last": run.last_eval(stage),
+            "steps": max((r["step"] for r in run.steps if r["stage"] == stage), default=0) - run.start(stage, "steps"),
+            "levels": [r for r in reached if r["stage"] == stage],
+        }
+        for stage, task in run.stages.items()
+    ]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def hide_secrets(text: str) -> str:
+    """User names and passwords inside addresses are not for a page that is passed on."""
+    return re.sub(r"//[^/@\s\"']+@", "//…@", text)
+
+
+# ------------------------------------------------------------------------------------------------------------ lineage
+
+
+def lineage(candidates: Sequence[Record], caps: Caps) -> dict[str, Any]:
+    """Proposals by cycle, each as a word diff against its parent, and the tree of those that were taken."""
+    texts = {str(r.get("id")): str(r.get("text") or "") for r in candidates}
+    taken = [r for r in candidates if r.get("status") in ("seed", "accepted")]
+    others = [r for r in candidates if r.get("status") not in ("seed", "accepted")]
+    room = max(caps.proposals - len(taken[-caps.proposals :]), 0)
+    shown = {id(r) for r in taken[-caps.proposals :] + (others[-room:] if room else [])}
+    cycles: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for r in candidates:
+        if id(r) in shown:
+            parent = texts.get(str(r.get("parent")))
+            diff = word_diff(parent or "", str(r.get("text") or ""), caps.chars) if r.get("status") != "seed" else None
+            cycles.setdefault((r.get("stage", 0), r.get("cycle", 0)), []).append({**EMPTY, **r, "diff": diff})
+    return {
+        "cycles": [{"cycle": c, "stage": s + 1, "of": proposals} for (s, c), proposals in cycles.items()],
+        "tree": [(depth, r, _added(r, texts)) for depth, r in tree(taken[-caps.proposals :])],
+        "counts": {
+            s: sum(r.get("status") == s for r in candidates) for s in ("seed", "accepted", "rejected", "refused")
+        },
+        "left_out": len(candidates) - len(shown),
+    }
+
+
+EMPTY: Mapping[str, Any] = {
+    **dict.fromkeys(("parent", "parent_score", "child_score", "mean_score", "step")),
+    **dict.fromkeys(("id", "text", "status", "reason", "task"), ""),
+    "feedback": (),
+}
+
+
+def word_diff(old: str, new: str, limit: int) -> list[tuple[str, str]]:
+    """(op, text) with op in "same", "del", "ins": how to get from `old` to `new`, word by word."""
+    a, b = (re.findall(r"\S+|\s+", text[:limit]) for text in (old, new))
+    parts = []
+    for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=len(a) > 500).get_opcodes():
+        parts += [("del", "".join(a[a0:a1]))] if op in ("delete", "replace") else []
+        parts += [("same" if op == "equal" else "ins", "".join(b[b0:b1]))] if op != "delete" else []
+    return parts + ([("same", f" … [{len(new) - limit:,} more characters]")] if len(new) > limit else [])
+
+
+def tree(taken: Sequence[Record]) -> list[tuple[int, Record]]:
+    """(depth, candidate) in reading order, children below their parent; every candidate once, even with odd parents."""
+    by_id = {str(r.get("id")): r for r in reversed(taken)}  # the first record of an id counts
+    children: dict[str, list[str]] = {}
+    for name, r in reversed(by_id.items()):
+        children.setdefault(str(r.get("parent")), []).append(name)
+    roots = [name for name, r in reversed(by_id.items()) if str(r.get("parent")) not in by_id]
+    order: dict[str, int] = {}
+    for root in [*roots, *by_id]:  # what hangs on no root (a loop of parents) comes last
+        stack = [(root, 0)]
+        while stack:
+            name, depth = stack.pop()
+            if name not in order:
+                order[name] = depth
+                stack += [(child, depth + 1) for child in reversed(children.get(name, []))]
+    return [(depth, {**EMPTY, **by_id[name]}) for name, depth in order.items()]
+
+
+def _added(r: Record, texts: Mapping[str, str]) -> str:
+    """What tells a candidate from its parent in few words: those it added; a seed's own."""
+    parent = texts.get(str(r.get("parent")))
+    diff = word_diff(parent or "", str(r.get("text") or ""), 2000)
+    words = [text for op, text in diff if op == "ins" and text.strip()]
+    return ("" if parent is None else "+ ") + (" … ".join(words) or "only removes words")
+
+
+def members(run: Run, lines: _Lines, caps: Caps) -> list[dict[str, Any]]:
+    """The latest population: text, mean, and the score on each problem (with how many no other prompt beats)."""
+    record = lines.population or {}
+    pool = record.get("members", [])
+    best = {}
+    for member in pool:
+        for problem, score in member.get("scores", {}).items():
+            best[problem] = max(score, best.get(problem, 0))
+    active = run.evolves[-1].get("population", []) if run.evolves else []
+    return [
+        {
+            "id": member.get("id", ""),
+            "text": lines.texts.get(str(member.get("id")), ""),
+            "mean": member.get("mean_score"),
+            "best": member.get("id") == record.get("best"),
+            "active": member.get("id") in active,
+            "leads": sum(0 < best[problem] == score for problem, score in member.get("scores", {}).items()),
+            "scores": [(problem, score) for problem, score in list(member.get("scores", {}).items())[:64]],
+            "problems": len(member.get("scores", {})),
+        }
+        for member in pool[: caps.members]
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- rollouts
+
+
+def sample_lines(path: Path, notes: list[str]) -> tuple[list[Record], bool]:
+    """All records of a file up to SAMPLED_BYTES; of a longer one some lines at 256 evenly spaced places; and if all."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size <= SAMPLED_BYTES:
+        return [_without_ids(record) for record in read_lines(path, notes)], True
+    found: list[Record | None] = []
+    places = 256
+    with path.open("rb") as file:
+        for i in range(places):
+            file.seek(start := i * (size // places))
+            if i:
+                file.readline()  # the rest of a line
+            while line := file.readline():
+                found.append(parse(line))
+                if file.tell() - start > SAMPLED_BYTES // places:
+                    break
+    return [_without_ids(record) for record in found if record is not None], False
+
+
+def _without_ids(record: Record) -> Record:
+    """Token ids are half of a rollout's memory, and nobody reads them."""
+    tokens = len(record.get("response_ids") or [])
+    return {key: value for key, value in record.items() if not key.endswith("_ids")} | {"tokens": tokens}
+
+
+def choose_rollouts(run: Run, lines: _Lines, caps: Caps) -> dict[str, Any]:
+    """The best and worst few of each quarter of each stage, of training and GEPA alike."""
+    buckets: dict[tuple[int, int], list[Record]] = {}
+    ends = {stage: max((r["step"] for r in run.steps if r["stage"] == stage), default=0) for stage in run.stages}
+    for r in lines.rollouts:
+        step = r.get("step", 0)
+        stage = r.get("stage", next((s for s, end in ends.items() if step <= end), max(ends, default=0)))
+        first, length = run.start(stage, "steps"), max(ends.get(stage, 0) - run.start(stage, "steps"), 1)
+        quarter = min(max(4 * (step - first - 1) // length, 0), 3)
+        buckets.setdefault((stage, quarter), []).append(r)
+    each = max(caps.rollouts // max(len(buckets), 1) // 2, 1)
+    parts = []
+    for (stage, _), records in sorted(buckets.items())[: caps.rollouts]:
+        ranked = sorted(records, key=lambda r: (-r.get("reward", 0), r.get("id", 0)))
+        chosen = spread(ranked, each)
+        steps = [r.get("step", 0) for r in records]
+        parts.append({"stage": stage + 1, "task": run.stages.get(stage, ""), "first": min(steps), "last": max(steps)})
+        parts[-1]["rollouts"] = [_rollout(r) for r in chosen]
+        parts[-1]["of"] = len(records)
+    return {"parts": parts, "whole": lines.whole, "read": len(lines.rollouts)}
+
+
+def spread(ranked: Sequence[Record], each: int) -> list[Record]:
+    """`each` from the top and from the bottom, of different problems as far as possible."""
+
+    def pick(records: Iterable[Record]) -> list[Record]:
+        first_of: dict[str, Record] = {}
+        for record in records:
+            first_of.setdefault(str(record.get("problem_id")), record)
+        return list(first_of.values())[:each]
+
+    top, bottom = pick(ranked), pick(reversed(ranked))
+    return top + [record for record in reversed(bottom) if all(record is not other for other in top)]
+
+
+def _rollout(r: Record) -> dict[str, Any]:
+    logprobs = r.get("logprobs") or []
+    keys = (
+        "prompt",
+        "problem_id",
+        "slice",
+        "purpose",
+        "policy_version",
+        "finish_reason",
+        "engine",
+        "response",
+        "feedback",
+    )
+    return {
+        **{key: r.get(key, "") for key in (*keys, "step", "prompt_id")},
+        "reward": r.get("reward", 0),
+        "parts": ", ".join(f"{name} {value}" for name, value in (r.get("parts") or {}).items()),
+        "logprob": statistics.fmean(logprobs) if logprobs else None,
+        "tokens": r["tokens"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
