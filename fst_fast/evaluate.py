@@ -104,21 +104,3 @@ def mean(values: Any) -> float:
     numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else 0.0
 
-
-def levels_reached(records: Sequence[Mapping[str, Any]], levels: Sequence[float]) -> list[dict[str, Any]]:
-    """Per stage and level: steps, rollouts and generated tokens from the stage's start to the first evaluation at or
-    above the level (None: never). `records` are metrics lines in order; evaluation's own rollouts are not counted."""
-    evals = [r for r in records if r["kind"] == "eval"]
-    out = []
-    for stage in sorted({r["stage"] for r in evals}):
-        own = [r for r in evals if r["stage"] == stage]
-        for level in levels:
-            hit = next((r for r in own if r["reward"] >= level), None)
-            out.append(
-                {"stage": stage, "task": own[0]["task"], "level": level}
-                | {
-                    name: None if hit is None else hit[field] - own[0][field]
-                    for name, field in (("steps", "step"), ("rollouts", "rollouts"), ("tokens", "tokens"))
-                }
-            )
-    return out

@@ -99,8 +99,7 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto") -> Mo
         raise UserError(f"model.path: {folder} is not a Hugging Face model folder (it has no config.json)")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    progress_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # loading and saving shards; the run has a progress display of its own
     try:
         config = AutoConfig.from_pretrained(folder)
         # SDPA has no softcapped attention (Gemma 2): transformers refuses it there
@@ -108,9 +107,6 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto") -> Mo
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path: {folder} cannot be loaded as a causal LM: {_first_line(error)}") from error
-    finally:
-        if progress_bar:
-            logging.enable_progress_bar()
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"model.path: {folder} has no tokenizer; save one there with tokenizer.save_pretrained(...)")
     try:

@@ -23,7 +23,7 @@ from fst_fast.cli import parse_train, read_toml, run
 from fst_fast.config import Config, Stage, check, from_dict, stages, to_toml
 from fst_fast.data import DataOrder
 from fst_fast.errors import UserError
-from fst_fast.evaluate import evaluate, levels_reached
+from fst_fast.evaluate import evaluate
 from fst_fast.fast.evolve import Evolution, evolve
 from fst_fast.fast.population import Member, distinct
 from fst_fast.fast.reflection import ReflectionUsage
@@ -324,8 +324,7 @@ class Trainer:
         """The run's last line and checkpoint. A run that was complete before stays as it is."""
         if self.complete:
             return
-        records = read_run(self.run_dir).metrics
-        levels = levels_reached(records, self.config.eval.levels)
+        levels = read_run(self.run_dir).levels()
         reflection = asdict(self.reflection)
         self.telemetry.write({"kind": "end", "step": self.step, "levels": levels, "reflection": reflection})
         self.complete = True
