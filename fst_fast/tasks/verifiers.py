@@ -43,7 +43,7 @@ def make_verifier(name: str, answer_field: str, tolerance: float) -> Verifier:
 def final_answer(response: str) -> str:
     """The rest of the line after the last "answer:", or the line after it; without one, the last line with text."""
     tail = re.split(r"answer\W{0,4}:", response, flags=re.IGNORECASE)
-    lines = [line.strip(" *") for line in tail[-1].splitlines() if line.strip(" *")]  # "**Answer:** 5"
+    lines = [line.strip("* \t") for line in tail[-1].splitlines() if line.strip("* \t")]  # "**Answer:** 5"
     if not lines:
         return ""
     return lines[0 if len(tail) > 1 else -1]
