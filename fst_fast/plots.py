@@ -169,7 +169,7 @@ def _style() -> Iterator[None]:
 
 
 def draw(axes: Any, panel: Panel, groups: Sequence[Group]) -> None:
-    """Every run of every group as a line per stage, the median bold where a group has several; stage switches marked."""
+    """Every run of every group as a line per stage, a group's median bold; stage switches marked."""
     for group in groups:
         several = len(group.runs) > 1
         look: dict[str, Any] = {"color": group.color, "linestyle": LINES[group.line][0]}

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +48,10 @@ MEASURES = (
 class Caps:
     """How much of a run is shown; what is left out is said on the page."""
 
-    proposals: int = 160
-    members: int = 24
-    rollouts: int = 48
-    chars: int = 2000
-
-    def divided(self, by: int) -> Caps:
-        parts = (self.proposals // by, self.members // by, self.rollouts // by)
-        return Caps(*(max(value, 1) for value in parts), chars=max(self.chars // by, 100))
+    proposals: int
+    members: int
+    rollouts: int
+    chars: int  # of one text
 
 
 def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
@@ -61,24 +60,20 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
     if not runs:
         raise UserError("write_report needs at least one run directory")
     groups = group_runs(runs)
-    charts = [(panel, svg(panel, groups, number=i)) for i, panel in enumerate(PANELS) if any(run.evals for run in runs)]
-    lines = {run.dir: _Lines(run) for run in runs}
-    for divisor in (1, 2, 4, 8, 16, 32, 64, 128):  # until it fits
-        caps = Caps().divided(divisor)
-        page = (
-            _template()
-            .render(
-                title=_title(runs),
-                charts=charts,
-                groups=groups,
-                css_lines=[css for _, css in LINES],
-                variables=VARIABLES,
-                comparison=comparison(groups),
-                caveats=caveats(runs),
-                views=[view(run, lines[run.dir], caps) for run in runs],
-            )
-            .encode(errors="replace")
-        )
+    shared = {
+        "title": _title(runs, groups),
+        "charts": [(panel, svg(panel, groups, number=i)) for i, panel in enumerate(PANELS)],
+        "groups": groups,
+        "css_lines": [css for _, css in LINES],
+        "variables": VARIABLES,
+        "comparison": comparison(groups),
+        "caveats": caveats(runs),
+    }
+    texts = [_Texts(run) for run in runs]
+    for by in (1, 2, 4, 8, 16, 32, 64, 128):  # until it fits
+        caps = Caps(160 // by + 1, 24 // by + 1, 48 // by + 1, max(2000 // by, 100))
+        views = [view(run, read, caps) for run, read in zip(runs, texts, strict=True)]
+        page = _template().render(**shared, views=views).encode(errors="replace")
         if len(page) <= MAX_BYTES:
             break
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -103,24 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _template() -> Any:
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clean": clean, "plain": plain, "count": count, "number": number}
     return environment.get_template("report.html.j2")
 
 
 def clean(text: object, limit: int) -> str:
     """Text for a page: control and direction-changing characters made visible, lone surrogates replaced, cut."""
-    text = text if isinstance(text, str) else "" if text is None else str(text)
+    text = "" if text is None else str(text)
     cut = f" … [{len(text) - limit:,} more characters]" if len(text) > limit else ""
-    text = re.sub(
-        r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text[:limit].replace("\r\n", "\n")
-    )
+    text = text[:limit].replace("\r\n", "\n")
+    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text)
     text = re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
     return re.sub(r"[\ud800-\udfff\ufffe\uffff]", "�", text) + cut
 
@@ -128,10 +117,10 @@ def clean(text: object, limit: int) -> str:
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def _title(runs: Sequence[Run]) -> str:
+def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     if len(runs) == 1:
         return f"{runs[0].mode} on {stream(runs[0])}, seed {runs[0].seed}"
-    modes = ", ".join(dict.fromkeys(group.mode for group in group_runs(runs)))
+    modes = ", ".join(dict.fromkeys(group.mode for group in groups))
     return f"{len(runs)} runs: {modes} on {' and '.join(dict.fromkeys(stream(run) for run in runs))}"
 
 
@@ -178,22 +167,19 @@ def comparison(groups: Sequence[Group]) -> list[dict[str, Any]]:
     tables = []
     runs = [run for group in groups for run in group.runs]
     for stage, task in sorted({item for run in runs for item in run.stages.items()}):
-        rows = []
-        for key, label in MEASURES:
-            rows.append(_row(label, groups, lambda run, s=stage, k=key: (run.last_eval(s) or {}).get(k), short))
-        rows = [row for i, row in enumerate(rows) if any(row["known"]) and (i == 0 or row["cells"] != rows[0]["cells"])]
-        reached = {(run.dir, r["level"]): r for run in runs for r in run.levels() if r["stage"] == stage}
-        for level in sorted({level for _, level in reached}):
-            for key in ("steps", "rollouts"):
-                spent = {run_dir: r[key] for (run_dir, of), r in reached.items() if of == level}
-                rows.append(
-                    _row(f"{key} to reward {level:g}", groups, lambda run, spent=spent: spent.get(run.dir), count)
-                )
+        last = {run.dir: run.last_eval(stage) or {} for run in runs}
+        rows = [_row(label, groups, {at: r.get(key) for at, r in last.items()}, short) for key, label in MEASURES]
+        rows = [row for i, row in enumerate(rows) if row["known"] and (i == 0 or row["cells"] != rows[0]["cells"])]
+        reached = [(run.dir, r) for run in runs for r in run.levels() if r["stage"] == stage]
+        for level, key in product(sorted({r["level"] for _, r in reached}), ("steps", "rollouts")):
+            spent = {at: r[key] for at, r in reached if r["level"] == level}
+            rows.append(_row(f"{key} to reward {level:g}", groups, spent, count))
         tables.append({"stage": stage + 1, "task": task, "rows": rows})
-    return [*tables, {"stage": None, "task": "", "rows": [_row(label, groups, f, count) for label, f in TOTALS]}]
+    totals = [_row(label, groups, {run.dir: total(run) for run in runs}, count) for label, total in TOTALS]
+    return [*tables, {"stage": None, "task": "", "rows": totals}]
 
 
-TOTALS: tuple[tuple[str, Any], ...] = (
+TOTALS: tuple[tuple[str, Callable[[Run], float]], ...] = (
     ("steps", lambda run: run.total("step")),
     ("rollouts", lambda run: run.total("rollouts")),
     ("of them GEPA's", lambda run: run.total("gepa_rollouts")),
@@ -202,15 +188,15 @@ TOTALS: tuple[tuple[str, Any], ...] = (
 )
 
 
-def _row(label: str, groups: Sequence[Group], value: Any, form: Callable[[float], str]) -> dict[str, Any]:
+def _row(label: str, groups: Sequence[Group], values: Mapping[Path, Any], form: Callable[[float], str]) -> Record:
     """Per group one cell with every seed, ".97 / .98 / –", and the median where there are at least three."""
-    row: dict[str, Any] = {"label": label, "cells": [], "medians": [], "known": []}
+    row: Record = {"label": label, "cells": [], "medians": [], "known": False}
     for group in groups:
-        values = [value(run) for run in group.runs]
-        known = [v for v in values if v is not None]
-        row["cells"].append(" / ".join("–" if v is None else form(v) for v in values))
-        row["medians"].append(form(statistics.median(known)) if len(known) == len(values) > 2 else "")
-        row["known"].append(bool(known))
+        seeds = [values.get(run.dir) for run in group.runs]
+        known = [v for v in seeds if v is not None]
+        row["cells"].append(" / ".join("–" if v is None else form(v) for v in seeds))
+        row["medians"].append(form(statistics.median(known)) if len(known) == len(seeds) > 2 else "")
+        row["known"] |= bool(known)
     return row
 
 
@@ -218,7 +204,7 @@ def short(value: float) -> str:
     return re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}")
 
 
-class _Lines:
+class _Texts:
     """population.jsonl and a sample of rollouts.jsonl, read once."""
 
     def __init__(self, run: Run) -> None:
@@ -227,22 +213,19 @@ class _Lines:
         self.candidates = [r for r in population if r.get("kind") == "candidate"]
         self.population = next((r for r in reversed(population) if r.get("kind") == "population"), None)
         self.rollouts, self.whole = sample_lines(run.dir / "rollouts" / "rollouts.jsonl", self.notes)
-        self.texts = {str(r.get("id")): str(r.get("text", "")) for r in self.candidates}
+        self.of = {str(r.get("id")): str(r.get("text") or "") for r in self.candidates}  # prompt id → text
 
 
-def view(run: Run, lines: _Lines, caps: Caps) -> dict[str, Any]:
+def view(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
     """Everything the page shows of one run, as plain data."""
     spent = run.end["time"].get("seconds") if run.end and "time" in run.end else None
     spent = spent or sum(r.get("time", {}).get("seconds", 0) for r in run.steps + run.evals + run.evolves)
-    rollouts, gepa = run.total("rollouts"), run.total("gepa_rollouts")
+    rollouts, gepa, toml = run.total("rollouts"), run.total("gepa_rollouts"), run.dir / "config.toml"
     facts = [
         ("mode", f"{run.mode}: {MODES.get(run.mode, 'unknown')}"),
         ("task stream", stream(run)),
         ("seed", str(run.seed)),
-        (
-            "model",
-            plain(run.config.get("model", {}).get("path", "?") or "the embedded glyph model, 334 k parameters", 120),
-        ),
+        ("model", run.config.get("model", {}).get("path", "?") or "the embedded glyph model, 334 k parameters"),
         ("reflector", reflector(run)),
         ("reflection", f"{run.reflection('calls'):,.0f} calls, ${run.reflection('dollars'):.2f}"),
         ("rollouts", f"{rollouts:,}, of them GEPA's {gepa:,} ({gepa / max(rollouts, 1):.0%})"),
@@ -256,12 +239,12 @@ def view(run: Run, lines: _Lines, caps: Caps) -> dict[str, Any]:
         "seed": run.seed,
         "facts": facts,
         "stages": _stages(run),
-        "lineage": lineage(lines.candidates, caps),
-        "members": members(run, lines, caps),
-        "pool": len((lines.population or {}).get("members", [])),
-        "rollouts": choose_rollouts(run, lines, caps),
-        "config": hide_secrets(_read(run.dir / "config.toml")),
-        "notes": [*run.notes, *lines.notes],
+        "lineage": lineage(texts, caps),
+        "members": members(run, texts, caps),
+        "pool": len((texts.population or {}).get("members", [])),
+        "rollouts": choose_rollouts(run, texts, caps),
+        "config": hide_secrets(toml.read_text(errors="replace") if toml.is_file() else ""),
+        "notes": [*run.notes, *texts.notes],
         "chars": caps.chars,
     }
 
@@ -280,10 +263,6 @@ def _stages(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _read(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
-
-
 def hide_secrets(text: str) -> str:
     """User names and passwords inside addresses are not for a page that is passed on."""
     return re.sub(r"//[^/@\s\"']+@", "//…@", text)
@@ -292,44 +271,37 @@ def hide_secrets(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ lineage
 
 
-def lineage(candidates: Sequence[Record], caps: Caps) -> dict[str, Any]:
+def lineage(texts: _Texts, caps: Caps) -> dict[str, Any]:
     """Proposals by cycle, each as a word diff against its parent, and the tree of those that were taken."""
-    texts = {str(r.get("id")): str(r.get("text") or "") for r in candidates}
-    taken = [r for r in candidates if r.get("status") in ("seed", "accepted")]
-    others = [r for r in candidates if r.get("status") not in ("seed", "accepted")]
-    room = max(caps.proposals - len(taken[-caps.proposals :]), 0)
-    shown = {id(r) for r in taken[-caps.proposals :] + (others[-room:] if room else [])}
-    cycles: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for r in candidates:
-        if id(r) in shown:
-            parent = texts.get(str(r.get("parent")))
-            diff = word_diff(parent or "", str(r.get("text") or ""), caps.chars) if r.get("status") != "seed" else None
-            cycles.setdefault((r.get("stage", 0), r.get("cycle", 0)), []).append({**EMPTY, **r, "diff": diff})
+    taken = [r for r in texts.candidates if r.get("status") in ("seed", "accepted")]
+    shown = taken[-caps.proposals :]
+    others = [r for r in texts.candidates if r.get("status") not in ("seed", "accepted")]
+    shown_ids = {id(r) for r in shown + others[max(len(others) - caps.proposals + len(shown), 0) :]}
+    cycles: dict[tuple[int, int], list[Record]] = {}
+    for r in texts.candidates:
+        if id(r) in shown_ids:
+            diff = word_diff(texts.of.get(str(r.get("parent"))), str(r.get("text") or ""), caps.chars)
+            cycles.setdefault((r.get("stage", 0), r.get("cycle", 0)), []).append({**r, "diff": diff})
     return {
-        "cycles": [{"cycle": c, "stage": s + 1, "of": proposals} for (s, c), proposals in cycles.items()],
-        "tree": [(depth, r, _added(r, texts)) for depth, r in tree(taken[-caps.proposals :])],
-        "counts": {
-            s: sum(r.get("status") == s for r in candidates) for s in ("seed", "accepted", "rejected", "refused")
-        },
-        "left_out": len(candidates) - len(shown),
+        "cycles": [{"cycle": cycle, "stage": stage + 1, "of": of} for (stage, cycle), of in cycles.items()],
+        "tree": [(depth, r, _added(r, texts)) for depth, r in tree(shown)],
+        "counts": Counter(r.get("status") for r in texts.candidates),
+        "left_out": len(texts.candidates) - len(shown_ids),
     }
 
 
-EMPTY: Mapping[str, Any] = {
-    **dict.fromkeys(("parent", "parent_score", "child_score", "mean_score", "step")),
-    **dict.fromkeys(("id", "text", "status", "reason", "task"), ""),
-    "feedback": (),
-}
-
-
-def word_diff(old: str, new: str, limit: int) -> list[tuple[str, str]]:
-    """(op, text) with op in "same", "del", "ins": how to get from `old` to `new`, word by word."""
-    a, b = (re.findall(r"\S+|\s+", text[:limit]) for text in (old, new))
+@functools.lru_cache(1000)
+def word_diff(old: str | None, new: str, limit: int) -> tuple[tuple[str, str], ...]:
+    """(op, text) with op in "same", "del", "ins": from `old` to `new` word by word; without `old` all is the same."""
+    cut = (("same", f" … [{len(new) - limit:,} more characters]"),) if len(new) > limit else ()
+    if old is None:
+        return (("same", new[:limit]), *cut)
+    a, b = (re.findall(r"\s*\S+|\s+$", text[:limit]) for text in (old, new))
     parts = []
-    for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=len(a) > 500).get_opcodes():
+    for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=len(b) > 400).get_opcodes():
         parts += [("del", "".join(a[a0:a1]))] if op in ("delete", "replace") else []
         parts += [("same" if op == "equal" else "ins", "".join(b[b0:b1]))] if op != "delete" else []
-    return parts + ([("same", f" … [{len(new) - limit:,} more characters]")] if len(new) > limit else [])
+    return (*parts, *cut)
 
 
 def tree(taken: Sequence[Record]) -> list[tuple[int, Record]]:
@@ -347,38 +319,35 @@ def tree(taken: Sequence[Record]) -> list[tuple[int, Record]]:
             if name not in order:
                 order[name] = depth
                 stack += [(child, depth + 1) for child in reversed(children.get(name, []))]
-    return [(depth, {**EMPTY, **by_id[name]}) for name, depth in order.items()]
+    return [(depth, by_id[name]) for name, depth in order.items()]
 
 
-def _added(r: Record, texts: Mapping[str, str]) -> str:
+def _added(r: Record, texts: _Texts) -> str:
     """What tells a candidate from its parent in few words: those it added; a seed's own."""
-    parent = texts.get(str(r.get("parent")))
-    diff = word_diff(parent or "", str(r.get("text") or ""), 2000)
-    words = [text for op, text in diff if op == "ins" and text.strip()]
-    return ("" if parent is None else "+ ") + (" … ".join(words) or "only removes words")
+    parent, text = texts.of.get(str(r.get("parent"))), str(r.get("text") or "")
+    if parent is None:
+        return text
+    words = [words for op, words in word_diff(parent, text, 2000) if op == "ins" and words.strip()]
+    return "+ " + " … ".join(words) if words else "only removes words"
 
 
-def members(run: Run, lines: _Lines, caps: Caps) -> list[dict[str, Any]]:
-    """The latest population: text, mean, and the score on each problem (with how many no other prompt beats)."""
-    record = lines.population or {}
-    pool = record.get("members", [])
-    best = {}
-    for member in pool:
-        for problem, score in member.get("scores", {}).items():
-            best[problem] = max(score, best.get(problem, 0))
+def members(run: Run, texts: _Texts, caps: Caps) -> list[Record]:
+    """The latest population: text, mean, the score on each problem and on how many no other prompt is better."""
+    record = texts.population or {}
+    best: dict[str, float] = {}
+    for problem, score in (item for member in record.get("members", []) for item in member["scores"].items()):
+        best[problem] = max(score, best.get(problem, 0))
     active = run.evolves[-1].get("population", []) if run.evolves else []
     return [
         {
-            "id": member.get("id", ""),
-            "text": lines.texts.get(str(member.get("id")), ""),
-            "mean": member.get("mean_score"),
-            "best": member.get("id") == record.get("best"),
-            "active": member.get("id") in active,
-            "leads": sum(0 < best[problem] == score for problem, score in member.get("scores", {}).items()),
-            "scores": [(problem, score) for problem, score in list(member.get("scores", {}).items())[:64]],
-            "problems": len(member.get("scores", {})),
+            **member,
+            "text": texts.of.get(str(member["id"]), ""),
+            "best": member["id"] == record.get("best"),
+            "active": member["id"] in active,
+            "leads": sum(0 < best[problem] == score for problem, score in member["scores"].items()),
+            "cells": list(member["scores"].items())[:64],
         }
-        for member in pool[: caps.members]
+        for member in record.get("members", [])[: caps.members]
     ]
 
 
@@ -405,16 +374,17 @@ def sample_lines(path: Path, notes: list[str]) -> tuple[list[Record], bool]:
 
 
 def _without_ids(record: Record) -> Record:
-    """Token ids are half of a rollout's memory, and nobody reads them."""
-    tokens = len(record.get("response_ids") or [])
-    return {key: value for key, value in record.items() if not key.endswith("_ids")} | {"tokens": tokens}
+    """Token ids and log-probs are most of a rollout's memory; their number and mean are read."""
+    more: Record = {"tokens": len(record.get("response_ids") or [])}
+    more |= {"logprob": statistics.fmean(record["logprobs"])} if record.get("logprobs") else {}
+    return {k: v for k, v in record.items() if k not in ("prompt_ids", "response_ids", "logprobs")} | more
 
 
-def choose_rollouts(run: Run, lines: _Lines, caps: Caps) -> dict[str, Any]:
+def choose_rollouts(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
     """The best and worst few of each quarter of each stage, of training and GEPA alike."""
     buckets: dict[tuple[int, int], list[Record]] = {}
     ends = {stage: max((r["step"] for r in run.steps if r["stage"] == stage), default=0) for stage in run.stages}
-    for r in lines.rollouts:
+    for r in texts.rollouts:
         step = r.get("step", 0)
         stage = r.get("stage", next((s for s, end in ends.items() if step <= end), max(ends, default=0)))
         first, length = run.start(stage, "steps"), max(ends.get(stage, 0) - run.start(stage, "steps"), 1)
@@ -427,9 +397,8 @@ def choose_rollouts(run: Run, lines: _Lines, caps: Caps) -> dict[str, Any]:
         chosen = spread(ranked, each)
         steps = [r.get("step", 0) for r in records]
         parts.append({"stage": stage + 1, "task": run.stages.get(stage, ""), "first": min(steps), "last": max(steps)})
-        parts[-1]["rollouts"] = [_rollout(r) for r in chosen]
-        parts[-1]["of"] = len(records)
-    return {"parts": parts, "whole": lines.whole, "read": len(lines.rollouts)}
+        parts[-1] |= {"rollouts": chosen, "of": len(records)}
+    return {"parts": parts, "whole": texts.whole, "read": len(texts.rollouts)}
 
 
 def spread(ranked: Sequence[Record], each: int) -> list[Record]:
@@ -443,28 +412,6 @@ def spread(ranked: Sequence[Record], each: int) -> list[Record]:
 
     top, bottom = pick(ranked), pick(reversed(ranked))
     return top + [record for record in reversed(bottom) if all(record is not other for other in top)]
-
-
-def _rollout(r: Record) -> dict[str, Any]:
-    logprobs = r.get("logprobs") or []
-    keys = (
-        "prompt",
-        "problem_id",
-        "slice",
-        "purpose",
-        "policy_version",
-        "finish_reason",
-        "engine",
-        "response",
-        "feedback",
-    )
-    return {
-        **{key: r.get(key, "") for key in (*keys, "step", "prompt_id")},
-        "reward": r.get("reward", 0),
-        "parts": ", ".join(f"{name} {value}" for name, value in (r.get("parts") or {}).items()),
-        "logprob": statistics.fmean(logprobs) if logprobs else None,
-        "tokens": r["tokens"],
-    }
 
 
 if __name__ == "__main__":

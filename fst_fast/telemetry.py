@@ -343,9 +343,9 @@ def print_summary(run_dir: Path | str, console: Console | None = None) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def number(value: float | None) -> str:
+def number(value: object) -> str:
     """A reward, KL or entropy for people: 3 decimals, a dash when there is none."""
-    return "–" if value is None else f"{value:.3f}"
+    return f"{value:.3f}" if isinstance(value, int | float) else "–"
 
 
 def count(value: float) -> str:
