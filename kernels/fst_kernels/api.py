@@ -11,9 +11,8 @@ from torch import Tensor
 
 from . import torch_backend
 from .autograd import attach_gradients
-from .objective import Objective, TokenTerms, kl_estimate
-from .torch_backend import Head, accumulator_dtype
-from .types import PolicyLoss, TokenLogprobs
+from .objective import Objective, PolicyRows, live_sum, ratio_metrics
+from .types import Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
 
 BACKENDS = {"torch": torch_backend}
 
@@ -25,21 +24,20 @@ def token_logprobs(
 
     Differentiable in logits. temperature: a number or [N]. entropy=True adds the entropy over the vocabulary.
     """
-    _check_floating(logits=logits)
-    if logits.ndim != 2:
-        raise ValueError(f"logits must be [N,V], got {list(logits.shape)}")
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be [N,V] and floating point, got {list(logits.shape)} {logits.dtype}")
     _check_rows(len(logits), targets=targets)
-    _check_targets(targets)
-    _check_temperature(temperature, len(logits))
-    t = temperature[:, None] if isinstance(temperature, Tensor) and temperature.ndim else temperature
-    z = logits.to(accumulator_dtype(logits)) / t
-    logsumexp = z.logsumexp(-1)
-    # Subtract the maximum before the logsumexp: −log p keeps its digits when all logits are large.
-    peak = z.detach().amax(-1, keepdim=True)
-    logs = z - peak
-    logs = logs - logs.exp().sum(-1, keepdim=True).log()
+    dtype = arithmetic_dtype(logits)
+    scale = _temperature(temperature).to(dtype)
+    if scale.ndim:
+        _check_rows(len(logits), temperature=scale)
+        scale = scale[:, None]
+    z = logits.to(dtype) / scale
+    peak = z.detach().amax(-1, keepdim=True)  # taken off first: large logits then cost the log-probs no digits
+    log_total = (z - peak).exp().sum(-1, keepdim=True).log()
+    logs = z - peak - log_total
     entropies = -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0)).sum(-1) if entropy else None
-    return TokenLogprobs(logs.gather(1, targets[:, None]).squeeze(1), entropies, logsumexp)
+    return TokenLogprobs(logs.gather(1, targets[:, None]).squeeze(1), entropies, (peak + log_total).squeeze(1))
 
 
 def linear_token_logprobs(
@@ -65,10 +63,9 @@ def linear_token_logprobs(
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
     """
-    chosen = _backend(backend)
-    head = _head(hidden, weight, bias, temperature, softcap, chunk_rows)
+    chosen = _backend(backend, chunk_rows)
+    head = Head(hidden, weight, bias, _temperature(temperature), softcap)
     _check_rows(len(hidden), targets=targets)
-    _check_targets(targets)
     return TokenLogprobs(*chosen.linear_token_logprobs(head, targets, entropy, chunk_rows))
 
 
@@ -91,16 +88,15 @@ def policy_loss(
     `linear_policy_loss` says what the arguments and metrics are. Only loss and metrics of PolicyLoss are filled.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
-    _check_floating(logprobs=logprobs)
-    n = len(logprobs)
-    live, weights = _rows(n, logprobs, mask, token_weights, denominator)
+    n, dtype = len(logprobs), arithmetic_dtype(logprobs)
     _check_rows(n, logprobs=logprobs, behavior_logprobs=behavior_logprobs, advantages=advantages)
-    values = logprobs.detach().to(weights.dtype)
-    terms = objective.terms(values, behavior_logprobs.detach().to(values.dtype), advantages.detach().to(values.dtype))
-    loss = _live_sum(live, weights * terms.loss)
+    live, weights = _weigh(n, dtype, logprobs.device, mask, token_weights, denominator)
+    values, behavior, advantages = (x.detach().to(dtype) for x in (logprobs, behavior_logprobs, advantages))
+    terms = objective.terms(values, behavior, advantages)
+    loss = live_sum(live, weights * terms.loss)
     if torch.is_grad_enabled() and logprobs.requires_grad:
         loss = attach_gradients(loss, (logprobs,), (torch.where(live, weights * terms.slope, 0),))
-    return PolicyLoss(loss, _metrics(live, values, behavior_logprobs, terms))
+    return PolicyLoss(loss, ratio_metrics(live, terms, values, behavior))
 
 
 def linear_policy_loss(
@@ -160,51 +156,24 @@ def linear_policy_loss(
     RuntimeError in backward. Raises ValueError on arguments that do not fit.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
-    chosen = _backend(backend)
-    head = _head(hidden, weight, bias, temperature, softcap, chunk_rows)
-    n = len(hidden)
+    chosen = _backend(backend, chunk_rows)
+    head = Head(hidden, weight, bias, _temperature(temperature), softcap)
+    n, dtype = len(hidden), head.dtype
     _check_rows(n, targets=targets, behavior_logprobs=behavior_logprobs, advantages=advantages)
-    _check_targets(targets)
-    live, weights = _rows(
-        n,
-        torch.empty(0, dtype=accumulator_dtype(hidden, weight), device=hidden.device),
-        mask,
-        token_weights,
-        denominator,
-    )
     ref = None
     if ref_hidden is not None and ref_weight is not None:
-        ref = _head(ref_hidden.detach(), ref_weight.detach(), ref_bias, temperature, softcap, chunk_rows)
-        _check_same_tokens(head, ref)
-    elif ref_hidden is not None or ref_weight is not None or ref_bias is not None:
-        raise ValueError("ref_hidden and ref_weight must be given together")
-    elif kl_coef != 0:
-        raise ValueError(f"kl_coef={kl_coef} needs ref_hidden and ref_weight")
+        ref = _reference(head, ref_hidden, ref_weight, ref_bias)
+    elif kl_coef != 0 or not (ref_hidden is ref_weight is ref_bias is None):
+        raise ValueError("a KL term needs both ref_hidden and ref_weight")
 
-    inputs = (hidden, weight, bias)
+    live, weights = _weigh(n, dtype, hidden.device, mask, token_weights, denominator)
+    behavior, advantages = (x.detach().to(dtype) for x in (behavior_logprobs, advantages))
+    batch = PolicyRows(targets, behavior, advantages, live, weights, objective, entropy_coef, kl_coef)
+    inputs = hidden, weight, bias
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    behavior, advantages = (x.detach().to(weights.dtype) for x in (behavior_logprobs, advantages))
     with torch.no_grad():
-        found = chosen.linear_policy_pass(
-            head,
-            ref,
-            targets,
-            behavior,
-            advantages,
-            live,
-            weights,
-            objective,
-            entropy_coef,
-            kl_coef,
-            chunk_rows,
-            wanted,
-        )
-        terms = objective.terms(found.logprobs, behavior, advantages)
-        per_token = terms.loss - entropy_coef * found.entropy
-        if found.kl is not None:
-            per_token += kl_coef * found.kl
-        loss = _live_sum(live, weights * per_token)
-        metrics = _metrics(live, found.logprobs, behavior, terms, entropy_mean=found.entropy, kl_mean=found.kl)
+        found = chosen.linear_policy_pass(head, ref, batch, chunk_rows, wanted)
+        loss, metrics = batch.loss(found.logprobs, found.entropy, found.kl)
     if any(wanted):
         loss = attach_gradients(loss, inputs, found.gradients)
     return PolicyLoss(loss, metrics, found.logprobs, found.entropy, found.kl)
@@ -231,106 +200,64 @@ def linear_kl(
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f'direction={direction!r} is unknown: use "forward" or "reverse"')
-    chosen = _backend(backend)
-    p = _head(hidden_p, weight_p, bias_p, temperature, softcap, chunk_rows)
-    q = _head(hidden_q, weight_q, bias_q, temperature, softcap, chunk_rows)
-    _check_same_tokens(p, q)
-    return chosen.linear_kl(p, q, direction, chunk_rows)
+    chosen = _backend(backend, chunk_rows)
+    p = Head(hidden_p, weight_p, bias_p, _temperature(temperature), softcap)
+    return chosen.linear_kl(p, _reference(p, hidden_q, weight_q, bias_q), direction, chunk_rows)
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _rows(
-    n: int, like: Tensor, mask: Tensor | None, token_weights: Tensor | None, denominator: float | Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Which rows count, and token_weights / denominator there (0 elsewhere); both (N,)."""
-    dtype, device = accumulator_dtype(like), like.device
-    _check_rows(n, mask=mask, token_weights=token_weights)
-    live = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
-    if denominator is None:
-        denominator = live.sum().clamp(min=1)
-    elif not isinstance(denominator, Tensor) and denominator <= 0:
-        raise ValueError(f"denominator must be above 0, got {denominator}")
-    weights = torch.ones(n, dtype=dtype, device=device) if token_weights is None else token_weights.detach().to(dtype)
-    return live, torch.where(live, weights, 0) / denominator
-
-
-def _live_sum(live: Tensor, values: Tensor) -> Tensor:
-    return torch.where(live, values, 0).sum()
-
-
-def _metrics(
-    live: Tensor, logprobs: Tensor, behavior: Tensor, terms: TokenTerms, **per_token: Tensor | None
-) -> dict[str, Tensor]:
-    tokens = live.sum().to(logprobs.dtype)
-    means = {
-        "ratio_mean": terms.ratio,
-        "ratio_clipped_fraction": terms.clipped.to(logprobs.dtype),
-        "behavior_k3_mean": kl_estimate(behavior.detach().to(logprobs.dtype), logprobs, "k3"),
-        **per_token,
-    }
-    averaged = {name: _live_sum(live, x) / tokens.clamp(min=1) for name, x in means.items() if x is not None}
-    return {"tokens": tokens, **averaged}
-
-
-def _backend(name: str) -> ModuleType:
+def _backend(name: str, chunk_rows: int | None) -> ModuleType:
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     chosen = BACKENDS.get("torch" if name == "auto" else name)
     if chosen is None:
         raise ValueError(f"backend={name!r} is not available: use one of {('auto', *BACKENDS)}")
     return chosen
 
 
-def _head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    chunk_rows: int | None,
-) -> Head:
-    _check_floating(hidden=hidden, weight=weight)
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"need hidden [N,H] and weight [V,H], got {list(hidden.shape)} and {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{len(weight)}], got {list(bias.shape)}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    return Head(hidden, weight, bias, _check_temperature(temperature, len(hidden)), softcap)
-
-
-def _check_temperature(temperature: float | Tensor, n: int) -> float | Tensor:
+def _temperature(temperature: float | Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
-        if temperature.shape not in ((), (n,)):
-            raise ValueError(f"temperature must be a number or [{n}], got {list(temperature.shape)}")
-        return temperature.detach().expand(n)
+        return temperature.detach()
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    return temperature
+    return torch.tensor(temperature, dtype=torch.float64)
 
 
-def _check_same_tokens(p: Head, q: Head) -> None:
-    if len(p.hidden) != len(q.hidden) or len(p.weight) != len(q.weight):
+def _reference(policy: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+    """The other distribution of a KL: a constant, over the same tokens, vocabulary, temperature and softcap."""
+    if len(hidden) != len(policy.hidden) or len(weight) != len(policy.weight):
         raise ValueError(
-            f"both distributions need the same tokens and vocabulary, got {len(p.hidden)} x {len(p.weight)}"
-            f" and {len(q.hidden)} x {len(q.weight)}"
+            f"a KL needs two distributions over the same N tokens and V items, got N, V ="
+            f" {len(policy.hidden)}, {len(policy.weight)} and {len(hidden)}, {len(weight)}"
         )
+    bias = None if bias is None else bias.detach()
+    return Head(hidden.detach(), weight.detach(), bias, policy.temperature, policy.softcap)
+
+
+def _weigh(
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    denominator: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Which rows count, and token_weights / denominator there (0 elsewhere); both (N,)."""
+    _check_rows(n, mask=mask, token_weights=token_weights)
+    live = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
+    if denominator is None:
+        denominator = live.sum().clamp(min=1)
+    elif not isinstance(denominator, Tensor) and not denominator > 0:
+        raise ValueError(f"denominator must be above 0, got {denominator}")
+    weights = torch.ones(n, dtype=dtype, device=device) if token_weights is None else token_weights.detach().to(dtype)
+    return live, torch.where(live, weights, 0) / denominator
 
 
 def _check_rows(n: int, **vectors: Tensor | None) -> None:
     for name, vector in vectors.items():
         if vector is not None and vector.shape != (n,):
             raise ValueError(f"{name} must be [{n}], one entry a token, got {list(vector.shape)}")
-
-
-def _check_targets(targets: Tensor) -> None:
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64, got {targets.dtype}")
-
-
-def _check_floating(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if name == "targets" and vector is not None and vector.dtype != torch.int64:
+            raise ValueError(f"targets must be int64, got {vector.dtype}")

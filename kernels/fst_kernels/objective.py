@@ -1,6 +1,6 @@
 """The policy-gradient objectives, per token: a loss l(log π) and its slope dl/dlog π.
 
-A fused kernel needs only the slope, for d loss / d logits = slope · (onehot − softmax): one pass serves every kind.
+A fused kernel needs only the slope, since d loss / d logits = slope · (onehot − softmax): one pass serves every kind.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 KINDS = ("cispo", "ppo", "reinforce")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-# log ρ is clamped to ±20 before exp, as in verl: ρ stays within [2e-9, 4.9e8], so no sum over tokens overflows fp32.
+# log ρ is clamped to ±20 before exp, as in verl: ρ stays within [2e-9, 4.9e8], and no sum over tokens overflows fp32.
 MAX_LOG_RATIO = 20.0
 
 
@@ -26,7 +26,7 @@ class TokenTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss, and where its importance ratio ρ is clipped.
+    """Which loss, and where its importance ratio ρ is clipped. Raises ValueError on settings that do not fit.
 
     cispo      −sg(clamp(ρ, weight_min, weight_max)) · A · log π     (MiniMax-M1, arXiv 2506.13585, eq. 4–5)
     ppo        −min(ρ A, clamp(ρ, 1 − clip_low, 1 + clip_high) A)    (arXiv 1707.06347, eq. 7; two ε as in DAPO)
@@ -42,22 +42,15 @@ class Objective:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r} is unknown: use one of {KINDS}")
-        if self.kind == "cispo":
-            if self.weight_max is None:
-                raise ValueError(
-                    "cispo needs weight_max, the largest importance ratio a token may be weighted with (the FST paper"
-                    " uses 4); it is not PPO's epsilon of 0.2"
-                )
-            if not 0 <= self.weight_min <= self.weight_max or self.weight_max == 0:
-                raise ValueError(
-                    f"cispo needs 0 <= weight_min <= weight_max and weight_max > 0,"
-                    f" got weight_min={self.weight_min}, weight_max={self.weight_max}"
-                )
-        if self.kind == "ppo" and not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
+        if self.kind == "cispo" and self.weight_max is None:
             raise ValueError(
-                f"ppo needs 0 <= clip_low <= 1 and clip_high >= 0,"
-                f" got clip_low={self.clip_low}, clip_high={self.clip_high}"
+                "cispo needs weight_max, the cap of the ratio itself (FST uses 4); it is not PPO's ε of 0.2"
             )
+        low, high = self.weight_min, self.weight_max
+        if self.kind == "cispo" and high is not None and not (0 <= low <= high and high > 0):
+            raise ValueError(f"need 0 <= weight_min <= weight_max and weight_max > 0, got {low} and {high}")
+        if self.kind == "ppo" and not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
+            raise ValueError(f"need 0 <= clip_low <= 1 and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
 
     def terms(self, logprobs: Tensor, behavior_logprobs: Tensor, advantages: Tensor) -> TokenTerms:
         log_ratio = logprobs - behavior_logprobs
@@ -66,16 +59,59 @@ class Objective:
             surrogate = ratio * advantages
             pessimistic = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantages
             clipped = surrogate > pessimistic
-            flat = clipped | (log_ratio.abs() > MAX_LOG_RATIO)  # exp(clamp(.)) has slope 0 beyond the clamp
+            flat = clipped | (log_ratio.abs() > MAX_LOG_RATIO)  # exp(clamp(·)) is constant out there
             return TokenTerms(-torch.minimum(surrogate, pessimistic), torch.where(flat, 0, -surrogate), ratio, clipped)
-        if self.kind == "cispo":
-            weight = ratio.clamp(self.weight_min, self.weight_max)
-            slope = -weight * advantages
-        else:
-            weight = ratio
-            slope = -advantages
+        weight = ratio.clamp(self.weight_min, self.weight_max) if self.kind == "cispo" else torch.ones_like(ratio)
+        slope = -weight * advantages
         loss = torch.where(slope == 0, 0, slope * logprobs)  # 0 even where log π = −inf
-        return TokenTerms(loss, slope, ratio, ratio != weight)
+        clipped = weight != ratio if self.kind == "cispo" else torch.zeros_like(ratio, dtype=torch.bool)
+        return TokenTerms(loss, slope, ratio, clipped)
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyRows:
+    """A batch and what is asked of it: Σ_live weights · (objective − entropy_coef · entropy + kl_coef · KL).
+
+    All tensors (N,): targets int64, live bool, the others in the arithmetic's dtype. Rows not live may hold anything.
+    """
+
+    targets: Tensor
+    behavior_logprobs: Tensor
+    advantages: Tensor
+    live: Tensor  # the mask
+    weights: Tensor  # token_weights / denominator, 0 where not live
+    objective: Objective
+    entropy_coef: float
+    kl_coef: float
+
+    def learning(self) -> Tensor:
+        """Rows that can have a gradient (N,)."""
+        can = self.live & (self.weights != 0)
+        return can if self.entropy_coef != 0 or self.kl_coef != 0 else can & (self.advantages != 0)
+
+    def slopes(self, rows: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """d loss / d (logprobs, entropy, KL) of these rows (n,), given their logprobs; None for a term that is off."""
+        weights = self.weights[rows]
+        terms = self.objective.terms(logprobs, self.behavior_logprobs[rows], self.advantages[rows])
+        return (
+            weights * terms.slope,
+            -self.entropy_coef * weights if self.entropy_coef != 0 else None,
+            self.kl_coef * weights if self.kl_coef != 0 else None,
+        )
+
+    def loss(self, logprobs: Tensor, entropy: Tensor, kl: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () and the metrics, from per-token measures (N,)."""
+        terms = self.objective.terms(logprobs, self.behavior_logprobs, self.advantages)
+        per_token = terms.loss
+        if self.entropy_coef != 0:
+            per_token = per_token - self.entropy_coef * entropy
+        if self.kl_coef != 0 and kl is not None:
+            per_token = per_token + self.kl_coef * kl
+        return live_sum(self.live, self.weights * per_token), {
+            **ratio_metrics(self.live, terms, logprobs, self.behavior_logprobs),
+            "entropy_mean": live_mean(self.live, entropy),
+            **({} if kl is None else {"kl_mean": live_mean(self.live, kl)}),
+        }
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Tensor:
@@ -95,3 +131,20 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Ten
         d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return torch.expm1(-d) + d
     raise ValueError(f"kind={kind!r} is unknown: use one of {KL_ESTIMATORS}")
+
+
+def ratio_metrics(live: Tensor, terms: TokenTerms, logprobs: Tensor, behavior_logprobs: Tensor) -> dict[str, Tensor]:
+    return {
+        "tokens": live.sum().to(logprobs.dtype),
+        "ratio_mean": live_mean(live, terms.ratio),
+        "ratio_clipped_fraction": live_mean(live, terms.clipped.to(logprobs.dtype)),
+        "behavior_k3_mean": live_mean(live, kl_estimate(behavior_logprobs, logprobs, "k3")),
+    }
+
+
+def live_sum(live: Tensor, values: Tensor) -> Tensor:
+    return torch.where(live, values, 0).sum()
+
+
+def live_mean(live: Tensor, values: Tensor) -> Tensor:
+    return live_sum(live, values) / live.sum().clamp(min=1)

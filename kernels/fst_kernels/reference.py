@@ -3,6 +3,8 @@
 Names and meaning are the package's, without chunk_rows and backend. Nothing is shared with the kernels but the records.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,8 @@ from .types import PolicyLoss, TokenLogprobs
 def token_logprobs(
     logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, entropy: bool = False
 ) -> TokenLogprobs:
-    z = logits.double() / _column(temperature)  # (N, V)
-    logs = torch.log_softmax(z, -1)
-    return TokenLogprobs(
-        logprobs=logs.gather(1, targets[:, None]).squeeze(1),
-        entropy=-_expectation(logs, logs) if entropy else None,
-        logsumexp=torch.logsumexp(z, -1),
-    )
+    logprobs, entropies, logsumexp = _measure(logits, targets, temperature)
+    return TokenLogprobs(logprobs, entropies if entropy else None, logsumexp)
 
 
 def linear_token_logprobs(
@@ -48,7 +45,7 @@ def policy_loss(
     token_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
 ) -> PolicyLoss:
-    live = _live(mask, len(logprobs), logprobs.device)
+    live = _live(mask, logprobs)
     logp, behavior, advantage = (x.double()[live] for x in (logprobs, behavior_logprobs, advantages))
     ratio = torch.exp(torch.clamp(logp - behavior, -20, 20))
     if kind == "cispo":
@@ -85,11 +82,6 @@ def linear_policy_loss(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    kind: str = "cispo",
-    weight_min: float = 0.0,
-    weight_max: float | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
     token_weights: Tensor | None = None,
     entropy_coef: float = 0.0,
     ref_hidden: Tensor | None = None,
@@ -100,43 +92,34 @@ def linear_policy_loss(
     softcap: float | None = None,
     bias: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    **objective: Any,  # of policy_loss
 ) -> PolicyLoss:
-    n = len(hidden)
-    live = _live(mask, n, hidden.device)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.expand(n)[live]
+    live = _live(mask, hidden)
     tokens = max(1, int(live.sum()))
     denominator = tokens if denominator is None else denominator
-    weights = torch.ones(n, device=hidden.device)[live] if token_weights is None else token_weights[live]
+    weights = (torch.ones_like(live) if token_weights is None else token_weights)[live].double()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(len(live))[live]
 
     z = _logits(hidden[live], weight, bias, softcap)
-    at = token_logprobs(z, targets[live], temperature=temperature, entropy=True)
-    assert at.entropy is not None
-    policy = policy_loss(
-        at.logprobs,
-        behavior_logprobs[live],
-        advantages[live],
-        kind=kind,
-        weight_min=weight_min,
-        weight_max=weight_max,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        token_weights=weights,
-        denominator=denominator,
-    )
-    loss = policy.loss - entropy_coef * (weights * at.entropy).sum() / denominator
-    metrics = {**policy.metrics, "entropy_mean": at.entropy.detach().sum() / tokens}
+    logprobs, entropy, _ = _measure(z, targets[live], temperature)
+    common: dict[str, Any] = {"token_weights": weights, "denominator": denominator}
+    policy = policy_loss(logprobs, behavior_logprobs[live], advantages[live], **common, **objective)
+    loss, metrics = policy.loss, {**policy.metrics, "entropy_mean": entropy.detach().sum() / tokens}
+    if entropy_coef != 0:
+        loss = loss - entropy_coef * (weights * entropy).sum() / denominator
     kl = None
     if ref_hidden is not None and ref_weight is not None:
         ref_z = _logits(ref_hidden[live], ref_weight, ref_bias, softcap).detach()
         kl = _kl(z / _column(temperature), ref_z / _column(temperature))
-        loss = loss + kl_coef * (weights * kl).sum() / denominator
         metrics["kl_mean"] = kl.detach().sum() / tokens
+        if kl_coef != 0:
+            loss = loss + kl_coef * (weights * kl).sum() / denominator
 
-    def scatter(x: Tensor) -> Tensor:
-        return torch.zeros(n, dtype=x.dtype, device=x.device).masked_scatter(live, x.detach())
+    def spread(x: Tensor) -> Tensor:
+        return torch.zeros(len(live), dtype=x.dtype, device=x.device).masked_scatter(live, x.detach())
 
-    return PolicyLoss(loss, metrics, scatter(at.logprobs), scatter(at.entropy), None if kl is None else scatter(kl))
+    return PolicyLoss(loss, metrics, spread(logprobs), spread(entropy), None if kl is None else spread(kl))
 
 
 def linear_kl(
@@ -169,6 +152,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
+def _measure(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    z = logits.double() / _column(temperature)  # (N, V)
+    logs = torch.log_softmax(z, -1)
+    return logs.gather(1, targets[:, None]).squeeze(1), -_expectation(logs, logs), torch.logsumexp(z, -1)
+
+
 def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     p, q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
     impossible = p == -torch.inf  # 0 · log(0 / q) = 0
@@ -184,5 +173,5 @@ def _column(temperature: float | Tensor) -> float | Tensor:
     return temperature.double()[..., None] if isinstance(temperature, Tensor) else temperature
 
 
-def _live(mask: Tensor | None, n: int, device: torch.device) -> Tensor:
-    return torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
+def _live(mask: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones(len(like), dtype=torch.bool, device=like.device) if mask is None else mask != 0

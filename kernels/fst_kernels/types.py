@@ -1,25 +1,59 @@
-"""What the kernels return: records of tensors. N tokens; per-token tensors are fp32 [N] (fp64 for fp64 inputs)."""
+"""The records that go in and out of the kernels. N tokens, H hidden size, V vocabulary."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class TokenLogprobs:
-    """Differentiable per-token quantities of softmax(logits / temperature)."""
+    """Differentiable, per token, under softmax(logits / temperature); fp32, or fp64 for fp64 inputs."""
 
-    logprobs: Tensor  # (N,) log-probability of the target
-    entropy: Tensor | None  # (N,) entropy over the whole vocabulary, in nats; None unless asked for
+    logprobs: Tensor  # (N,) of the targets
+    entropy: Tensor | None  # (N,) over the whole vocabulary, in nats; None unless asked for
     logsumexp: Tensor  # (N,) of the logits after softcap and temperature
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyLoss:
-    """A scalar to call `.backward()` on, and detached numbers to log. Per-token tensors are 0 at masked rows."""
+    """A scalar to call `.backward()` on, and detached numbers to log; per-token tensors are 0 at masked rows."""
 
     loss: Tensor  # ()
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # 0-dim, detached; means are over unmasked tokens
-    logprobs: Tensor | None = None  # (N,) detached
-    entropy: Tensor | None = None  # (N,) detached
-    kl: Tensor | None = None  # (N,) detached exact KL(policy‖ref); None without a reference
+    metrics: dict[str, Tensor]  # each (); means are over unmasked tokens
+    logprobs: Tensor | None = None  # (N,)
+    entropy: Tensor | None = None  # (N,)
+    kl: Tensor | None = None  # (N,) exact KL(policy‖ref); None without a reference
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What makes the logits: softcap(hidden · weightᵀ + bias) / temperature. Raises ValueError on a misfit."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    temperature: Tensor  # () or (N,)
+    softcap: float | None  # c in c · tanh(logits / c), as in Gemma 2 (arXiv 2408.00118)
+
+    def __post_init__(self) -> None:
+        h, w, b = self.hidden, self.weight, self.bias
+        if not (h.is_floating_point() and w.is_floating_point()):
+            raise ValueError(f"hidden and weight must be floating point, got {h.dtype} and {w.dtype}")
+        if h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1]:
+            raise ValueError(f"hidden must be [N,H] and weight [V,H], got {list(h.shape)} and {list(w.shape)}")
+        if b is not None and b.shape != w.shape[:1]:
+            raise ValueError(f"bias must be [{len(w)}], one entry a vocabulary item, got {list(b.shape)}")
+        if self.temperature.shape not in ((), (len(h),)):
+            raise ValueError(f"temperature must be a number or [{len(h)}], got {list(self.temperature.shape)}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be above 0, got {self.softcap}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all arithmetic on these logits, and of what comes out."""
+        return arithmetic_dtype(self.hidden, self.weight)
+
+
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
