@@ -170,7 +170,6 @@ class Config:
     jsonl: JsonlOptions = field(default_factory=JsonlOptions)
 
 
-
 @dataclass(frozen=True)
 class Stage:
     """`steps` steps on the task named `task`, from step `start` of the run."""
@@ -191,7 +190,9 @@ def stages(stream: str) -> list[Stage]:
     for part in stream.split(","):
         task, _, steps = part.strip().rpartition("@")
         if not (task and steps.isdecimal() and int(steps) > 0):
-            raise UserError(f"stream: {part.strip()!r} is not TASK@STEPS with a positive number of steps, e.g. glyph:A@60")
+            raise UserError(
+                f"stream: {part.strip()!r} is not TASK@STEPS with a positive number of steps, e.g. glyph:A@60"
+            )
         out.append(Stage(len(out), task, out[-1].end if out else 0, int(steps)))
     return out
 

@@ -103,4 +103,3 @@ def mean(values: Any) -> float:
     """Arithmetic mean of an iterable; 0 when it is empty."""
     numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else 0.0
-

@@ -38,7 +38,7 @@ class PrefixTree:
 def build(sequences: Sequence[Sequence[int]], *, min_saving: int = 1) -> PrefixTree:
     """Radix trie of token sequences. A shared stretch becomes a node of its own only where computing it once saves at
     least `min_saving` tokens; a smaller one is computed again by each child (every level costs one forward pass)."""
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     shared = common_prefixes([sequences[i] for i in order])
     nodes: list[Node] = []
 

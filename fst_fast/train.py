@@ -91,9 +91,7 @@ class Trainer:
         self.stages = stages(config.stream)
         self.tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl) for s in self.stages]
         size = config.rollout.problems
-        self.orders = [
-            DataOrder(t.train, size, seed=config.seed, name=t.name) for t in self.tasks
-        ]
+        self.orders = [DataOrder(t.train, size, seed=config.seed, name=t.name) for t in self.tasks]
         self.model = load_model(config.model.path, dtype=config.model.dtype, device=config.model.device)
         self.base = load_model(config.model.path, dtype=config.model.dtype, device=config.model.device)
         self.base.lm.requires_grad_(False)
@@ -124,7 +122,9 @@ class Trainer:
         sampling = SamplingParams(config.rollout.temperature, config.rollout.max_new_tokens)
         if not resume:
             if any(p.name != ".lock" for p in run_dir.iterdir()):
-                raise UserError(f"run_dir: {run_dir} is not empty; choose another, or continue it with --resume {run_dir}")
+                raise UserError(
+                    f"run_dir: {run_dir} is not empty; choose another, or continue it with --resume {run_dir}"
+                )
             write_atomic(run_dir / "config.toml", to_toml(config).encode())
         folder = checkpoint.latest(run_dir) if resume else None
         state = checkpoint.read_state(folder) if folder else {}
@@ -132,9 +132,7 @@ class Trainer:
             checkpoint.load_policy(folder, self.policy)
             self._restore(state)
         offsets = state.get("offsets", {"metrics": 0, "population": 0, "rollouts": 0, "rollout_count": 0})
-        self.telemetry = Telemetry(
-            run_dir, config, self.stages[-1].end, offset=offsets["metrics"], step=self.step
-        )
+        self.telemetry = Telemetry(run_dir, config, self.stages[-1].end, offset=offsets["metrics"], step=self.step)
         self.lineage = Appender(run_dir / "population.jsonl", offset=offsets["population"])
         self.store = RolloutStore(run_dir, offset=offsets["rollouts"], count=offsets["rollout_count"])
         self.collector = Collector(self.model, self.engine, self.store, self.totals, sampling, config.seed)
@@ -213,6 +211,9 @@ class Trainer:
         config, started = self.config.fast, time.monotonic()
         if proposals is None:
             proposals = config.first_proposals if self.step == self.stage.start else config.proposals
+            if self.config.mode == "gepa":  # the steps' rollouts too: a proposal costs two minibatches at least
+                rollout = self.config.rollout
+                proposals += config.every * rollout.problems * rollout.group_size // (2 * config.minibatch)
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
             self.engine.load_weights(self.base, self.step)
         ahead = self.order.lookahead(self.step - self.stage.start, config.every)

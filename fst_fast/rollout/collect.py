@@ -37,7 +37,13 @@ class Collector:
     """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one."""
 
     def __init__(
-        self, model: Model, engine: RolloutEngine, store: RolloutStore, totals: Totals, sampling: SamplingParams, seed: int
+        self,
+        model: Model,
+        engine: RolloutEngine,
+        store: RolloutStore,
+        totals: Totals,
+        sampling: SamplingParams,
+        seed: int,
     ):
         self.model, self.engine, self.store, self.totals = model, engine, store, totals
         self.sampling, self._seed = sampling, seed
@@ -62,7 +68,9 @@ class Collector:
         self._count(rollouts, purpose)
         return rollouts
 
-    def complete(self, conversations: Sequence[list[Message]], sampling: SamplingParams, key: tuple[str | int, ...]) -> list[str]:
+    def complete(
+        self, conversations: Sequence[list[Message]], sampling: SamplingParams, key: tuple[str | int, ...]
+    ) -> list[str]:
         """Plain chat completions by the weights the engine holds, outside the store: the policy as reflection LM."""
         requests = [
             Request(i, self.model.encode_chat(messages), sampling, derive(self._seed, "complete", *key, i))

@@ -76,7 +76,9 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         if self._weights_fingerprint() != self._fingerprint:
-            raise RuntimeError("the weights changed under a running engine: call load_weights with the new version first")
+            raise RuntimeError(
+                "the weights changed under a running engine: call load_weights with the new version first"
+            )
         free = self.max_batch - len(self._running)
         # admitting in quarters of the batch keeps prefills large
         if self._waiting and (not self._running or free >= min(len(self._waiting), self.max_batch // 4)):
@@ -229,7 +231,9 @@ class KVBlock:
         """Both blocks' rows in one, right-aligned."""
         columns = max(self.columns, other.columns)
         a, b = self._widened(columns), other._widened(columns)
-        layers = [(torch.cat([ka, kb]), torch.cat([va, vb])) for (ka, va), (kb, vb) in zip(a.layers, b.layers, strict=True)]
+        layers = [
+            (torch.cat([ka, kb]), torch.cat([va, vb])) for (ka, va), (kb, vb) in zip(a.layers, b.layers, strict=True)
+        ]
         return KVBlock(layers, torch.cat([a.valid, b.valid]))
 
     def _widened(self, columns: int) -> KVBlock:

@@ -136,7 +136,12 @@ class Learner:
             bias=head.bias,
             denominator=denominator,
         )
-        names = {"ratio": "ratio_mean", "clipped": "ratio_clipped_fraction", "k3": "behavior_k3_mean", "kl_ref": "kl_mean"}
+        names = {
+            "ratio": "ratio_mean",
+            "clipped": "ratio_clipped_fraction",
+            "k3": "behavior_k3_mean",
+            "kl_ref": "kl_mean",
+        }
         return out.loss, {ours: float(out.metrics[theirs]) for ours, theirs in names.items() if theirs in out.metrics}
 
     def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:

@@ -38,7 +38,9 @@ class Policy:
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.lm.parameters(), self.config.clip))
         if not norm < float("inf"):
-            raise FloatingPointError(f"gradient norm is {norm} at optimizer step {self.updates}; the last checkpoint is good")
+            raise FloatingPointError(
+                f"gradient norm is {norm} at optimizer step {self.updates}; the last checkpoint is good"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
@@ -54,7 +56,9 @@ class Policy:
         self.updates = state["updates"]
 
 
-def response_hidden(model: Model, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]] | None = None) -> torch.Tensor:
+def response_hidden(
+    model: Model, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]] | None = None
+) -> torch.Tensor:
     """Hidden states [N, H] that predict the responses' tokens, rollout after rollout, N = their total length.
 
     `contexts` replaces the rollouts' own prompts (distillation: the same response under another prompt).

@@ -1,0 +1,182 @@
+"""`python -m fst_fast.compare`: runs several modes on the same seeds, side by side, and draws them together.
+
+Interrupted, the same command goes on: finished runs are kept, others resume from their last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from fst_fast.cli import config_from, run
+from fst_fast.config import Config, stages
+from fst_fast.errors import UserError
+from fst_fast.plots import group_runs, plot_comparison
+from fst_fast.report import caveats, comparison, write_report
+from fst_fast.telemetry import parse, read_run
+
+# RL alone needs about 50 to 90 steps on a task: the first stage gives it time to finish before the switch.
+STREAM = "glyph:A@100,glyph:B@60"
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Run several modes on the same seeds and the same stream of tasks; ends with a table, a plot and one report.
+
+    Any flag of fst_fast.train can follow and holds for all runs, e.g. --stream, --model.path.
+    """
+
+    modes: str = "rl,gepa,fst"
+    """Arms, comma-separated: a mode each, with flags of its own if wanted: "fst --fast.population 1,fst"."""
+    seeds: str = "0"
+    """Run seeds, comma-separated."""
+    out: Path = Path("runs/compare")
+    """Directory of the comparison: one run directory an arm and seed, report.html, comparison.png."""
+    jobs: int = 0
+    """Runs side by side; 0 = cores / threads of a run."""
+
+
+@dataclass
+class Job:
+    """One run of the comparison and its process."""
+
+    label: str
+    argv: list[str]
+    config: Config
+    bar: TaskID = TaskID(-1)
+    process: subprocess.Popen[bytes] | None = None
+    offset: int = 0
+    done: bool = False
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+def main(argv: Sequence[str]) -> None:
+    command, rest = tyro.cli(
+        CompareCommand, args=list(argv), prog="python -m fst_fast.compare", return_unknown_args=True
+    )
+    if not any(a == "--stream" or a.startswith("--stream=") or a.startswith("--model.path") for a in rest):
+        rest = ["--stream", STREAM, *rest]
+    jobs = plan(command, rest)
+    parallel = command.jobs or max(1, (os.cpu_count() or 1) // max(1, jobs[0].config.threads or 1))
+    work(jobs, parallel)
+    run_dirs = [job.dir for job in jobs]
+    plot_comparison(run_dirs, command.out / "comparison.png")
+    write_report(run_dirs, command.out / "report.html")
+    print_comparison(run_dirs)
+    print(f"plot: {command.out / 'comparison.png'}\nreport: {command.out / 'report.html'}")
+
+
+def plan(command: CompareCommand, flags: Sequence[str]) -> list[Job]:
+    """One job per arm and seed; every command line is checked before any run starts."""
+    jobs = []
+    for seed in command.seeds.split(","):
+        for arm in command.modes.split(","):
+            words = shlex.split(arm)
+            if not words:
+                raise UserError(f"modes = {command.modes!r}: an arm is empty")
+            label = " ".join(words)
+            name = "".join(c if c.isalnum() else "-" for c in label)
+            argv = ["--mode", words[0], *flags, *words[1:], "--seed", seed]
+            argv += ["--run-dir", str(command.out / f"{name}-seed{seed}")]
+            jobs.append(Job(label, argv, config_from(argv)))
+    if len({job.dir for job in jobs}) < len(jobs):
+        raise UserError(f"modes = {command.modes!r}, seeds = {command.seeds!r}: an arm or a seed is named twice")
+    return jobs
+
+
+def work(jobs: Sequence[Job], parallel: int) -> None:
+    """Run all jobs, `parallel` at a time, with a bar each. A run that fails stops the comparison with its message."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        for job in jobs:
+            job.bar = progress.add_task(
+                f"{job.label}, seed {job.config.seed}", total=stages(job.config.stream)[-1].end, start=False
+            )
+        try:
+            while not all(job.done for job in jobs):
+                running = [job for job in jobs if job.process and not job.done]
+                for job in [job for job in jobs if not job.process][: parallel - len(running)]:
+                    start(job)
+                    progress.start_task(job.bar)
+                for job in running:
+                    follow(job, progress, console)
+                time.sleep(0.2)
+        finally:
+            for job in jobs:
+                if job.process and job.process.poll() is None:
+                    job.process.terminate()
+                    job.process.wait()
+
+
+def start(job: Job) -> None:
+    """Start the job's run, or continue the one its directory holds."""
+    argv = job.argv
+    if (job.dir / "config.toml").is_file():
+        argv = ["--resume", str(job.dir)]
+    job.dir.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.dir.with_suffix(".log"), "ab") as log:
+        job.process = subprocess.Popen(
+            [sys.executable, "-m", "fst_fast.train", *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+
+
+def follow(job: Job, progress: Progress, console: Console) -> None:
+    """Show what the job's run has written since; notice its end."""
+    assert job.process is not None
+    code = job.process.poll()
+    path = job.dir / "metrics.jsonl"
+    if path.is_file():
+        with open(path, "rb") as file:
+            file.seek(job.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                job.offset += len(line)
+                record = parse(line) or {}
+                progress.update(job.bar, completed=record.get("step", 0))
+                if record.get("kind") == "eval":
+                    text = f"{job.label}, seed {job.config.seed}: step {record['step']}, {record['task']}"
+                    numbers = f"held-out reward {record['reward']:.3f}, KL {record['kl']:.3f}"
+                    console.print(f"{text}, {numbers}", markup=False, highlight=False, soft_wrap=True)
+    if code is not None:
+        if code:
+            last = job.dir.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"{job.label}, seed {job.config.seed} failed ({code}): {''.join(last)}")
+        job.done = True
+
+
+def print_comparison(run_dirs: Sequence[Path]) -> None:
+    """The report's tables on the console: a row per measure, a column per arm, all seeds in a cell."""
+    console = Console()
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    groups = group_runs(runs)
+    for part in comparison(groups):
+        table = Table(title=Text(f"stage {part['stage']}, {part['task']}" if part["stage"] else "whole run"))
+        table.add_column("")
+        for group in groups:
+            table.add_column(Text(group.label), justify="right")
+        for row in part["rows"]:
+            table.add_row(*map(Text, [row["label"], *row["cells"]]))
+        console.print(table)
+    for caveat in caveats(runs):
+        console.print(f"- {caveat}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    run(main)
