@@ -68,7 +68,7 @@ PANELS = (
     ),
     Panel(
         "Exact KL to the base against reward", "reward", "kl", "reward, mean@k", "KL, nats per token",
-        "What a reward cost in distance from the base model, at the same prompts; lower is closer. Lines run in time.",
+        "What a reward cost in distance from the base model, at the same prompts; lower is closer. Lines run in time, markers are hollow after the first stage.",
     ),
     Panel(
         "Entropy against steps", "step", "entropy", "steps", "entropy, nats per token",
@@ -85,6 +85,11 @@ class Group:
     mode: str
     line: int  # index into LINES
     runs: tuple[Run, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The flattened config without what differs by seed or cannot change a result."""
+        return _settings(self.runs[0])
 
     @property
     def color(self) -> str:
@@ -109,11 +114,11 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """The flattened config without what cannot change a result."""
     flat: dict[str, Any] = {}
     for key, value in run.config.items():
         flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-    free = ("mode", "seed", "run_dir", "wandb", "tensorboard", "progress", "checkpoint_every", "keep_checkpoints")
+    free = {"mode", "seed", "run_dir", "threads", "wandb", "tensorboard", "progress"}
+    free |= {"checkpoint_every", "keep_checkpoints"}
     return {key: value for key, value in flat.items() if key not in free}
 
 
@@ -267,5 +272,6 @@ def _more_rewards(axes: Any, panel: Panel, run: Run) -> None:
         other = Panel("", panel.x, key, "", "")
         for stage in run.stages:
             points = [p for _, *p in curve(run, stage, other)]
-            if points != [p for _, *p in curve(run, stage, panel)]:
+            best = [p for _, *p in curve(run, stage, panel)]
+            if any(abs(y - y_best) > 0.05 for (_, y), (_, y_best) in zip(points, best, strict=False)):
                 axes.plot(*_columns(points), color=INK, linestyle=style, linewidth=1.2, label=label)

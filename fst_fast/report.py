@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,7 +24,7 @@ from fst_fast.plots import LINES, PANELS, VARIABLES, Group, group_runs, svg
 from fst_fast.telemetry import Record, Run, count, number, parse, plain, read_lines, read_run
 
 MAX_BYTES = 3_000_000  # of a page
-SAMPLED_BYTES = 32_000_000  # read of a run's rollouts
+SAMPLED_BYTES = 8_000_000  # read of a run's rollouts: a run of minutes writes 30 MB
 
 MODES = {
     "fst": "prompts evolved by GEPA and weights trained by CISPO, interleaved",
@@ -174,9 +174,17 @@ def comparison(groups: Sequence[Group]) -> list[dict[str, Any]]:
         for level, key in product(sorted({r["level"] for _, r in reached}), ("steps", "rollouts")):
             spent = {at: r[key] for at, r in reached if r["level"] == level}
             rows.append(_row(f"{key} to reward {level:g}", groups, spent, count))
-        tables.append({"stage": stage + 1, "task": task, "rows": rows})
+        tables.append({"title": f"Stage {stage + 1} {task}", "rows": rows})
     totals = [_row(label, groups, {run.dir: total(run) for run in runs}, count) for label, total in TOTALS]
-    return [*tables, {"stage": None, "task": "", "rows": totals}]
+    tables.append({"title": "Whole run", "rows": totals})
+    settings = [group.settings for group in groups]
+    differ = [
+        key
+        for key in dict.fromkeys(k for each in settings for k in each)
+        if len({str(s.get(key)) for s in settings}) > 1
+    ]
+    rows = [{"label": key, "cells": [plain(str(s.get(key, "–")), 60) for s in settings]} for key in differ]
+    return [*tables, {"title": "Settings that differ", "rows": rows}] if rows else tables
 
 
 TOTALS: tuple[tuple[str, Callable[[Run], float]], ...] = (
@@ -256,7 +264,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
             "stage": stage + 1,
             "task": task,
             "last": run.last_eval(stage),
-            "steps": max((r["step"] for r in run.steps if r["stage"] == stage), default=0) - run.start(stage, "steps"),
+            "steps": run.spans[stage][1] - run.spans[stage][0],
             "levels": [r for r in reached if r["stage"] == stage],
         }
         for stage, task in run.stages.items()
@@ -297,8 +305,9 @@ def word_diff(old: str | None, new: str, limit: int) -> tuple[tuple[str, str], .
     if old is None:
         return (("same", new[:limit]), *cut)
     a, b = (re.findall(r"\s*\S+|\s+$", text[:limit]) for text in (old, new))
-    parts = []
-    for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=len(b) > 400).get_opcodes():
+    words = [[word.strip() for word in side] for side in (a, b)]
+    parts: list[tuple[str, str]] = []
+    for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, *words, autojunk=len(b) > 400).get_opcodes():
         parts += [("del", "".join(a[a0:a1]))] if op in ("delete", "replace") else []
         parts += [("same" if op == "equal" else "ins", "".join(b[b0:b1]))] if op != "delete" else []
     return (*parts, *cut)
@@ -383,12 +392,10 @@ def _without_ids(record: Record) -> Record:
 def choose_rollouts(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
     """The best and worst few of each quarter of each stage, of training and GEPA alike."""
     buckets: dict[tuple[int, int], list[Record]] = {}
-    ends = {stage: max((r["step"] for r in run.steps if r["stage"] == stage), default=0) for stage in run.stages}
-    for r in texts.rollouts:
-        step = r.get("step", 0)
-        stage = r.get("stage", next((s for s, end in ends.items() if step <= end), max(ends, default=0)))
-        first, length = run.start(stage, "steps"), max(ends.get(stage, 0) - run.start(stage, "steps"), 1)
-        quarter = min(max(4 * (step - first - 1) // length, 0), 3)
+    for r in [r for r in texts.rollouts if r.get("purpose") != "eval"] or texts.rollouts:
+        stage = _stage_of(run, r)
+        first, last = run.spans.get(stage, (0, 0))
+        quarter = min(max(4 * (r.get("step", 0) - first) // max(last - first, 1), 0), 3)
         buckets.setdefault((stage, quarter), []).append(r)
     each = max(caps.rollouts // max(len(buckets), 1) // 2, 1)
     parts = []
@@ -399,6 +406,13 @@ def choose_rollouts(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
         parts.append({"stage": stage + 1, "task": run.stages.get(stage, ""), "first": min(steps), "last": max(steps)})
         parts[-1] |= {"rollouts": chosen, "of": len(records)}
     return {"parts": parts, "whole": texts.whole, "read": len(texts.rollouts)}
+
+
+def _stage_of(run: Run, rollout: Record) -> int:
+    """By its problem's task where ids begin with it, among stages that had not ended; else by its step alone."""
+    step, problem = rollout.get("step", 0), str(rollout.get("problem_id"))
+    open_then = [stage for stage in run.stages if step < run.spans[stage][1]] or list(run.stages)[-1:] or [0]
+    return next((stage for stage in open_then if problem.startswith(f"{run.stages[stage]}/")), open_then[0])
 
 
 def spread(ranked: Sequence[Record], each: int) -> list[Record]:

@@ -8,6 +8,7 @@ import tomllib
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -226,7 +227,7 @@ class Run:
     def seed(self) -> int:
         return int(self.config.get("seed", 0))
 
-    @property
+    @cached_property
     def stages(self) -> dict[int, str]:
         """Stage number to task name, of the stages the run has reached."""
         return {r["stage"]: r["task"] for r in sorted(self.evals + self.steps + self.evolves, key=lambda r: r["stage"])}
@@ -238,6 +239,12 @@ class Run:
         """Steps, rollouts or tokens (`key`) spent before `stage` began."""
         key = "step" if key == "steps" else key
         return max((r[key] for r in self.steps + self.evals if r["stage"] < stage and key in r), default=0)
+
+    @cached_property
+    def spans(self) -> dict[int, tuple[int, int]]:
+        """Stage to the steps finished when it began, and when it ended or where it is now."""
+        first = {stage: self.start(stage, "steps") for stage in self.stages}
+        return {s: (f, max((r["step"] for r in self.steps if r["stage"] == s), default=f)) for s, f in first.items()}
 
     def total(self, key: str) -> int:
         """Last value of a running count: step, rollouts, tokens, gepa_rollouts, gepa_tokens."""
@@ -322,9 +329,9 @@ def print_summary(run_dir: Path | str, console: Console | None = None) -> None:
         table.add_column(name, justify="right" if i else "left", overflow="fold")
     for stage, task in run.stages.items():
         last = run.last_eval(stage) or {}
-        steps = max((r["step"] for r in run.steps if r["stage"] == stage), default=0) - run.start(stage, "steps")
+        first, end = run.spans[stage]
         row = [f"{stage + 1} {plain(task, 40)}"]
-        row += [number(last.get(key)) for key in ("reward", "reward_seed", "kl")] + [str(max(steps, 0))]
+        row += [number(last.get(key)) for key in ("reward", "reward_seed", "kl")] + [str(end - first)]
         for level in levels:
             hits = [r for r in reached if r["stage"] == stage and r["level"] == level and r["steps"] is not None]
             row += ["\n".join(f"{count(r[key])} {key}" for key in SPENT) for r in hits] or ["not reached"]
