@@ -72,6 +72,12 @@ def test_wrong_and_hostile_answers_score_zero_and_get_feedback(answer: str) -> N
         assert len(verdict.feedback) < 1000
 
 
+@pytest.mark.parametrize("answer", ["", "( )", "( a b c", "a , b - c", "a , , , b", ", a , b", "a , b ,", "a  b c d"])
+def test_an_answer_that_cannot_be_read_is_called_malformed(answer: str) -> None:
+    verdict = glyph.verify(problem(("keep", "same", "space", "none", "none"), "abcd"), answer)
+    assert verdict.feedback == "the answer is malformed. expected: a b c d"
+
+
 @given(st.one_of(st.text(), st.text("abcdABCD1234 ,-+<>[]()!?;", max_size=40)), st.sampled_from(RULES))
 def test_reward_is_one_only_for_an_exact_match(answer: str, rule: Rule) -> None:
     verdict = glyph.verify(problem(rule, "abcd"), answer)

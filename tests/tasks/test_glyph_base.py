@@ -16,6 +16,7 @@ from fst_fast.tasks.glyph_base import (
     accuracy,
     batches,
     build_model,
+    build_tokenizer,
     load,
     make_base,
 )
@@ -60,6 +61,12 @@ def test_the_shipped_folder_is_small_and_loads_in_fp32_by_default() -> None:
     assert model.dtype == torch.float32
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.num_parameters() == 333_888
+
+
+def test_the_shipped_tokenizer_is_the_one_the_script_makes(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_text() == (ASSET / name).read_text()
 
 
 def test_answers_and_instructions_survive_the_tokenizer(shipped: tuple[Any, Any]) -> None:

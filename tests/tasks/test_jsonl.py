@@ -141,7 +141,7 @@ GOOD = {"problem": "p", "answer": "a"}
         ([GOOD], {"verifier": "numeric"}, "line 1: field 'answer' is 'a'; the verifier numeric needs a finite number"),
         ([{"problem": "p", "answer": "1e999"}], {"verifier": "numeric"}, "needs a finite number"),
         (["{\"problem\": \"p\", \"answer\": NaN}"], {"verifier": "numeric"}, "needs a finite number"),
-        ([{"problem": "p", "answer": "(a"}], {"verifier": "regex"}, r"field 'answer' is no regular expression \(missing"),
+        ([{"problem": "p", "answer": "(a"}], {"verifier": "regex"}, "field 'answer' is no regular expression"),
         ([GOOD], {"validation_fraction": 0.0}, r"jsonl\.validation_fraction: 0\.0 must lie between 0 and 1"),
         ([GOOD], {"validation_fraction": float("nan")}, "validation_fraction: nan"),
         ([GOOD], {"tolerance": -1.0}, r"jsonl\.tolerance: -1\.0 must not be negative"),
