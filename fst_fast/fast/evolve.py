@@ -228,19 +228,19 @@ class _Cycle:
         if self.error:
             raise self.error
         self.rounds += 1
-        members = [
-            Member(Prompt(candidate[_COMPONENT]), scores=scores)
-            for candidate, scores in zip(state.program_candidates, state.prog_candidate_val_subscores, strict=True)
-        ]
-        self.known = {normalised(m.prompt.text) for m in members}
+        self.known = {normalised(candidate[_COMPONENT]) for candidate in state.program_candidates}
         n = min(self.config.parallel, self.proposals - len(self.candidates))
         self.sampled += n
-        drawn = self.parents.choices(range(len(members)), weights=breeding_weights(members), k=n)
-        tasks = []
-        for i in drawn:
-            ids = [p.id for p in self.minibatches.draw()]
-            tasks.append(ProposalTask(i, state.program_candidates[i], ids, self.training.fetch(ids)))
-        return tasks
+        return [self._task(state, self.minibatches.draw()) for _ in range(n)]
+
+    def _task(self, state: GEPAState, minibatch: list[Problem]) -> ProposalTask:
+        """A parent from the Pareto front on the minibatch's slices: a slice nobody solves yet starts from anyone."""
+        slices = {p.slice for p in minibatch}
+        scored = self.scoring.fetch(self.scoring.all_ids())
+        relevant = [p.id for p in scored if p.slice in slices] or [p.id for p in scored]
+        weights = breeding_weights([{i: scores[i] for i in relevant} for scores in state.prog_candidate_val_subscores])
+        (i,) = self.parents.choices(range(len(weights)), weights)
+        return ProposalTask(i, state.program_candidates[i], [p.id for p in minibatch], minibatch)
 
     # Reflection: rollouts in, edits out. gepa leaves out tasks whose parent solved everything.
 

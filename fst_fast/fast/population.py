@@ -67,23 +67,25 @@ def coverage(members: Sequence[Member], k: int) -> tuple[Member, ...]:
     return tuple(chosen)
 
 
-def front(members: Sequence[Member]) -> dict[str, list[int]]:
+Scores = Mapping[str, float]
+
+
+def front(members: Sequence[Scores]) -> dict[str, list[int]]:
     """Problem → indices of the members that are best on it; problems that nobody scores on are left out."""
     best: dict[str, list[int]] = {}
-    for problem in members[0].scores if members else ():
-        top = max(m.scores[problem] for m in members)
+    for problem in members[0] if members else ():
+        top = max(scores[problem] for scores in members)
         if top > 0:
-            best[problem] = [i for i, m in enumerate(members) if m.scores[problem] == top]
+            best[problem] = [i for i, scores in enumerate(members) if scores[problem] == top]
     return best
 
 
-def dominates(a: Member, b: Member) -> bool:
+def dominates(a: Scores, b: Scores) -> bool:
     """`a` is at least as good on every problem, and better on one."""
-    pairs = [(a.scores[problem], score) for problem, score in b.scores.items()]
-    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+    return all(a[problem] >= score for problem, score in b.items()) and any(a[problem] > b[problem] for problem in b)
 
 
-def breeding_weights(members: Sequence[Member]) -> list[int]:
+def breeding_weights(members: Sequence[Scores]) -> list[int]:
     """How often each member is drawn as a parent: the problems it is best on, 0 when it is dominated.
 
     While nobody scores on anything all are equal.
