@@ -178,11 +178,8 @@ def comparison(groups: Sequence[Group]) -> list[dict[str, Any]]:
     totals = [_row(label, groups, {run.dir: total(run) for run in runs}, count) for label, total in TOTALS]
     tables.append({"title": "Whole run", "rows": totals})
     settings = [group.settings for group in groups]
-    differ = [
-        key
-        for key in dict.fromkeys(k for each in settings for k in each)
-        if len({str(s.get(key)) for s in settings}) > 1
-    ]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    differ = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
     rows = [{"label": key, "cells": [plain(str(s.get(key, "–")), 60) for s in settings]} for key in differ]
     return [*tables, {"title": "Settings that differ", "rows": rows}] if rows else tables
 
@@ -307,7 +304,7 @@ def word_diff(old: str | None, new: str, limit: int) -> tuple[tuple[str, str], .
     a, b = (re.findall(r"\s*\S+|\s+$", text[:limit]) for text in (old, new))
     words = [[word.strip() for word in side] for side in (a, b)]
     parts: list[tuple[str, str]] = []
-    for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, *words, autojunk=len(b) > 400).get_opcodes():
+    for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, words[0], words[1], len(b) > 400).get_opcodes():
         parts += [("del", "".join(a[a0:a1]))] if op in ("delete", "replace") else []
         parts += [("same" if op == "equal" else "ins", "".join(b[b0:b1]))] if op != "delete" else []
     return (*parts, *cut)
