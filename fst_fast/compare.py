@@ -55,7 +55,7 @@ class Job:
     label: str
     argv: list[str]
     config: Config
-    bar: TaskID = TaskID(-1)
+    bar: TaskID | None = None
     process: subprocess.Popen[bytes] | None = None
     offset: int = 0
     done: bool = False
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     command, rest = tyro.cli(
         CompareCommand, args=list(argv), prog="python -m fst_fast.compare", return_unknown_args=True
     )
-    if not any(a == "--stream" or a.startswith("--stream=") or a.startswith("--model.path") for a in rest):
+    if not any(a.startswith(("--stream", "--model.path")) for a in rest):
         rest = ["--stream", STREAM, *rest]
     jobs = plan(command, rest)
     parallel = command.jobs or max(1, (os.cpu_count() or 1) // max(1, jobs[0].config.threads or 1))
@@ -113,6 +113,7 @@ def work(jobs: Sequence[Job], parallel: int) -> None:
                 running = [job for job in jobs if job.process and not job.done]
                 for job in [job for job in jobs if not job.process][: parallel - len(running)]:
                     start(job)
+                    assert job.bar is not None
                     progress.start_task(job.bar)
                 for job in running:
                     follow(job, progress, console)
@@ -139,6 +140,7 @@ def start(job: Job) -> None:
 def follow(job: Job, progress: Progress, console: Console) -> None:
     """Show what the job's run has written since; notice its end."""
     assert job.process is not None
+    assert job.bar is not None
     code = job.process.poll()
     path = job.dir / "metrics.jsonl"
     if path.is_file():

@@ -61,7 +61,7 @@ class FastConfig:
     pool: int = 10
     """Prompts carried from cycle to cycle, chosen by greedy coverage; the first K of them are the population."""
     newly_solved: int = 2
-    """A child that does not raise its minibatch's sum is accepted all the same if it newly solves this many problems."""
+    """A child that does not raise its minibatch's sum is accepted too if it newly solves this many problems."""
     reflector: Literal["openai", "policy", "phrasebook"] = "policy"
     """Who rewrites prompts: an OpenAI-compatible endpoint, the frozen base model, or the offline rule-based editor."""
     at_switch: Literal["keep", "reset"] = "keep"
@@ -118,7 +118,7 @@ class SlowConfig:
     clip_high: float = 0.2
     """PPO's clip range, for loss = ppo only."""
     average: Literal["problem", "batch"] = "problem"
-    """Token losses averaged over each problem's group and then over problems (the paper's Eq. 4), or over all tokens."""
+    """Token losses averaged over each problem's group, then over problems (the paper's Eq. 4); or over all tokens."""
     baseline: Literal["mean", "leave-one-out"] = "mean"
     """Group baseline of the advantage."""
     kl_coef: float = 0.001
@@ -197,7 +197,7 @@ def stages(stream: str) -> list[Stage]:
     return out
 
 
-# The embedded run as measured in embedded.md: P 16, G 8, 2 minibatches, T 10, minibatch 8, 24 scoring problems, pool 10.
+# The embedded run as measured in embedded.md: P 16, G 8, 2 minibatches, T 10, minibatch 8, 24 scored problems, pool 10.
 GLYPH = Config(
     rollout=RolloutConfig(problems=16, max_new_tokens=20),
     fast=FastConfig(every=10, minibatch=8, scoring_problems=24, reflector="phrasebook"),

@@ -5,19 +5,32 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from fst_fast.config import EvalConfig
+from fst_fast.cli import run
+from fst_fast.config import EvalConfig, check
+from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.records import Prompt, Rollout
 from fst_fast.rollout.collect import Ask, Collector
+from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.slow.learner import token_kl
 from fst_fast.slow.policy import micro_batches, response_hidden
+from fst_fast.tasks import make_task
 from fst_fast.tasks.glyph import GlyphTask, instruction_cases
 from fst_fast.tasks.task import Task
+from fst_fast.telemetry import plain
 
 Scores = Mapping[str, Mapping[str, float]]  # prompt id → problem id → mean reward over samples
 
@@ -103,3 +116,58 @@ def mean(values: Any) -> float:
     """Arithmetic mean of an iterable; 0 when it is empty."""
     numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Evaluate the last checkpoint of a run on held-out problems: each prompt, per slice, the seed prompt, exact KL."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    task: str = ""
+    """Task to evaluate on, e.g. glyph:C or jsonl:FILE; empty = the run's last stage."""
+    problems: int = 128
+    """Held-out problems."""
+    samples: int = 4
+    """k of mean@k."""
+
+
+def main(argv: Sequence[str]) -> None:
+    from fst_fast.train import Trainer, read_config  # the loop imports this file
+
+    command = tyro.cli(EvaluateCommand, args=list(argv), prog="python -m fst_fast.evaluate")
+    config = read_config(command.run)
+    config = replace(config, eval=replace(config.eval, problems=command.problems, samples=command.samples))
+    check(config)
+    torch.set_num_threads(config.threads)
+    trainer = Trainer(config, command.run)
+    if not trainer.restore():
+        raise UserError(f"run: {command.run} has no good checkpoint yet")
+    task = (
+        make_task(command.task, seed=config.seed, jsonl=config.jsonl)
+        if command.task
+        else trainer.tasks[trainer.entered]
+    )
+    with tempfile.TemporaryDirectory() as scratch:  # these rollouts are not the run's
+        trainer.serve(RolloutStore(Path(scratch)))
+        metrics = trainer.held_out(task)
+    table = Table(
+        title=Text(
+            f"{command.run} at step {trainer.step} on {task.name}, mean@{command.samples} of {metrics['problems']}"
+        )
+    )
+    for column in ("what", "value"):
+        table.add_column(column)
+    texts = {p.id: p.text for p in [*trainer.population, Prompt(task.seed_prompt)]}
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            table.add_row(Text(name), Text(f"{value:.3f}"))
+    for prompt, reward in metrics["reward_by_prompt"].items():
+        mark = " (best)" if prompt == metrics["best_prompt"] else ""
+        table.add_row(Text(f"prompt{mark}: {plain(texts[prompt], 200)}"), Text(f"{reward:.3f}"))
+    Console().print(table)
+    print(json.dumps({"step": trainer.step, "task": task.name, **metrics}))
+
+
+if __name__ == "__main__":
+    run(main)

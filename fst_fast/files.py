@@ -30,7 +30,7 @@ class Appender:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: a temporary file beside it, fsync, rename. A crash leaves the old one or the new one."""
+    """Replace `path` by `data`: a temporary file beside it, fsync, rename. A crash leaves either whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

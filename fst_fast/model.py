@@ -68,7 +68,7 @@ class Model:
         return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
     def encode_chat(self, messages: list[Message]) -> tuple[int, ...]:
-        """Token ids of the chat template, ready for the assistant's answer. Applied once: ids are the truth from here."""
+        """Token ids of the chat template, ready for the assistant's answer. Ids are the truth from here."""
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         return tuple(ids)
 

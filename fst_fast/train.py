@@ -40,7 +40,7 @@ from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner, StepReport
 from fst_fast.slow.policy import Policy
 from fst_fast.tasks import make_task
-from fst_fast.tasks.task import Message
+from fst_fast.tasks.task import Message, Task
 from fst_fast.telemetry import Telemetry, print_summary, read_run
 
 
@@ -48,15 +48,21 @@ def main(argv: Sequence[str]) -> None:
     command = parse_train(argv)
     if command.resume:
         run_dir = Path(command.resume)
-        if not (run_dir / "config.toml").is_file():
-            raise UserError(f"resume: {run_dir} is not a run directory (it has no config.toml)")
-        config = from_dict(read_toml(run_dir / "config.toml"), Config(), source=str(run_dir / "config.toml"))
+        config = read_config(run_dir)
     else:
         config = command.config
         check(config)
         run_dir = Path(config.run_dir or f"runs/{config.mode}-{datetime.now():%Y%m%d-%H%M%S}")
         config = replace(config, run_dir=str(run_dir), threads=config.threads or os.cpu_count() or 1)
     train(config, run_dir, resume=bool(command.resume))
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration a run was started with."""
+    path = run_dir / "config.toml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run directory: it has no config.toml")
+    return from_dict(read_toml(path), Config(), source=str(path))
 
 
 def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
@@ -119,24 +125,18 @@ class Trainer:
     def open(self, *, resume: bool) -> None:
         """Start the run directory, or go back to its last good checkpoint."""
         config, run_dir = self.config, self.run_dir
-        sampling = SamplingParams(config.rollout.temperature, config.rollout.max_new_tokens)
         if not resume:
             if any(p.name != ".lock" for p in run_dir.iterdir()):
                 raise UserError(
                     f"run_dir: {run_dir} is not empty; choose another, or continue it with --resume {run_dir}"
                 )
             write_atomic(run_dir / "config.toml", to_toml(config).encode())
-        folder = checkpoint.latest(run_dir) if resume else None
-        state = checkpoint.read_state(folder) if folder else {}
-        if folder:
-            checkpoint.load_policy(folder, self.policy)
-            self._restore(state)
+        state = self.restore() if resume else {}
         offsets = state.get("offsets", {"metrics": 0, "population": 0, "rollouts": 0, "rollout_count": 0})
         self.telemetry = Telemetry(run_dir, config, self.stages[-1].end, offset=offsets["metrics"], step=self.step)
         self.lineage = Appender(run_dir / "population.jsonl", offset=offsets["population"])
         self.store = RolloutStore(run_dir, offset=offsets["rollouts"], count=offsets["rollout_count"])
-        self.collector = Collector(self.model, self.engine, self.store, self.totals, sampling, config.seed)
-        self.engine.load_weights(self.model, self.step)
+        self.serve(self.store)
         if resume:
             self.telemetry.log(f"resumed {run_dir} at step {self.step}")
         for task in self.tasks:
@@ -169,15 +169,28 @@ class Trainer:
         checkpoint.save(self.run_dir, self.policy, state, keep=self.config.keep_checkpoints)
         self.saved = self.step
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.step, self.cycle, self.entered = state["step"], state["cycle"], state["entered"]
-        self.saved = self.step
+    def restore(self) -> dict[str, Any]:
+        """Weights, optimizer and the loop's state from the newest good checkpoint; {} when there is none yet."""
+        folder = checkpoint.latest(self.run_dir)
+        if folder is None:
+            return {}
+        checkpoint.load_policy(folder, self.policy)
+        state = checkpoint.read_state(folder)
+        self.saved = self.step = state["step"]
+        self.cycle, self.entered = state["cycle"], state["entered"]
         self.ended_stages, self.complete = state["ended_stages"], state["complete"]
         self.pool = [Member.from_dict(m) for m in state["pool"]]
         self.population = [Prompt(text) for text in state["population"]]
         self.best = Prompt(state["best"])
         self.totals = Totals(**state["totals"])
         self.reflection = ReflectionUsage(**state["reflection"])
+        return state
+
+    def serve(self, store: RolloutStore) -> None:
+        """Open the door to rollouts by the present weights."""
+        sampling = SamplingParams(self.config.rollout.temperature, self.config.rollout.max_new_tokens)
+        self.collector = Collector(self.model, self.engine, store, self.totals, sampling, self.config.seed)
+        self.engine.load_weights(self.model, self.step)
 
     # -------------------------------------------------------------------------------------------------- the verbs
 
@@ -293,13 +306,19 @@ class Trainer:
         self.telemetry.write(record, prompt=self.best.text)
 
     def evaluate(self) -> None:
-        """Held-out reward and KL of what the run would deploy now; fst-distill deploys the weights alone."""
+        """Held-out reward and KL of what the run would deploy now."""
         started = time.monotonic()
-        seed = Prompt(self.task.seed_prompt)
+        record = {"kind": "eval", **self._where(), **self.held_out(self.task), **asdict(self.totals)}
+        record["time"] = {"seconds": time.monotonic() - started}
+        self.telemetry.write(record, prompt=self.best.text)
+
+    def held_out(self, task: Task) -> dict[str, Any]:
+        """Metrics of the present weights and prompts on `task`; fst-distill deploys the weights alone."""
+        seed = Prompt(task.seed_prompt)
         alone = self.config.mode == "fst-distill"
-        metrics = evaluate(
+        return evaluate(
             self.collector,
-            self.task,
+            task,
             self.model,
             self.base,
             [seed] if alone else self.population,
@@ -307,11 +326,8 @@ class Trainer:
             self.config.eval,
             step=self.step,
             micro_tokens=self.config.slow.micro_tokens,
-            key=(self.step, self.stage.index, self.cycle),
+            key=(self.step, task.name, self.cycle),
         )
-        record = {"kind": "eval", **self._where(), **metrics, **asdict(self.totals)}
-        record["time"] = {"seconds": time.monotonic() - started}
-        self.telemetry.write(record, prompt=self.best.text)
 
     def finish_stage(self) -> None:
         """Last evaluation of a stage; rl-then-gepa first evolves prompts for the finished weights."""
@@ -354,7 +370,7 @@ class Trainer:
         finally:
             self.engine.load_weights(serving, self.step)
 
-    def _check_room(self, task: Any) -> None:
+    def _check_room(self, task: Task) -> None:
         """The longest problems must fit the context under the seed prompt; the longest one also measures proposals."""
         problems = [*task.train, *task.validation]
         longest = sorted(problems, key=lambda p: len(str(task.messages("", p))), reverse=True)[:32]

@@ -1,4 +1,4 @@
-"""The rollout store: every rollout of the run, append-only on disk, whoever asked for it. The reuse rule comes later."""
+"""The rollout store: every rollout of the run, append-only on disk. The reuse rule comes later."""
 
 from __future__ import annotations
 
