@@ -270,15 +270,11 @@ def _parse(answer: str) -> tuple[list[str], str, str, str] | None:
         tokens = tokens[1:-1]
     if not tokens:
         return None
-    found = [name for name, c in SEPARATORS.items() if c and c in tokens]
-    if not found:
-        return tokens, "space", brackets, sign
+    separator = next((name for name, c in SEPARATORS.items() if c and c in tokens), "space")
+    if separator == "space":
+        return tokens, separator, brackets, sign
     items, between = tokens[::2], tokens[1::2]
-    if (
-        len(found) > 1
-        or len(items) != len(between) + 1
-        or SEPARATORS[found[0]] in items
-        or set(between) != {SEPARATORS[found[0]]}
-    ):
+    regular = len(items) == len(between) + 1 and set(between) == {SEPARATORS[separator]}
+    if not regular or any(item in SEPARATORS.values() for item in items):
         return None
-    return items, found[0], brackets, sign
+    return items, separator, brackets, sign

@@ -72,7 +72,9 @@ def test_wrong_and_hostile_answers_score_zero_and_get_feedback(answer: str) -> N
         assert len(verdict.feedback) < 1000
 
 
-@pytest.mark.parametrize("answer", ["", "( )", "( a b c", "a , b - c", "a , , , b", ", a , b", "a , b ,", "a  b c d"])
+@pytest.mark.parametrize(
+    "answer", ["", "( )", "( a b c", "a , b - c", "a , , , b", "a , - , b", ", a , b", "a , b ,", "a  b c d"]
+)
 def test_an_answer_that_cannot_be_read_is_called_malformed(answer: str) -> None:
     verdict = glyph.verify(problem(("keep", "same", "space", "none", "none"), "abcd"), answer)
     assert verdict.feedback == "the answer is malformed. expected: a b c d"
