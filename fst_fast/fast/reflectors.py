@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from fst_fast.config import FastConfig, ReflectorConfig
 from fst_fast.errors import UserError
 from fst_fast.fast.phrasebook import PhrasebookReflector
-from fst_fast.fast.reflection import Reflector
+from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage, Reflector
+from fst_fast.fast.template import Pose, instruction, parse
+from fst_fast.records import Problem
 from fst_fast.tasks.task import Message, Task
 
 Generate = Callable[[Sequence[list[Message]]], list[str]]
-"""Chats in, the frozen base model's answers out, in order."""
+"""Chats in, the frozen base model's answers out, in order; "" for a chat that leaves no room in the context."""
 
 
 def make_reflector(
@@ -22,11 +24,40 @@ def make_reflector(
     Raises:
         UserError: the task has no phrase book, or the endpoint no key.
     """
+
+    def pose(problem: Problem) -> str:
+        return "\n".join(m["content"] for m in task.messages("", problem) if m["role"] == "user")
+
     if fast.reflector == "phrasebook":
-        if not task.phrasebook:
+        if not any(task.phrasebook.values()):
             raise UserError(
                 f'fast.reflector = "phrasebook": the task {task.name!r} has no phrase book; '
                 'choose "policy" (the base model itself) or "openai" (an OpenAI-compatible endpoint).'
             )
         return PhrasebookReflector(task.phrasebook)
-    raise NotImplementedError(fast.reflector)
+    if fast.reflector == "openai":
+        from fst_fast.fast.endpoint import EndpointReflector
+
+        return EndpointReflector(reflector, pose, fast.max_prompt_chars)
+    assert generate is not None, "the policy reflector needs the engine"
+    return PolicyReflector(generate, pose, fast.max_prompt_chars, reflector.max_trace_chars)
+
+
+class PolicyReflector:
+    """The base model, frozen, rewrites its own prompts: no second service needed."""
+
+    name = "policy"
+    label = "the frozen base model itself"
+
+    def __init__(self, generate: Generate, pose: Pose, max_prompt_chars: int, max_trace_chars: int):
+        self.usage = ReflectionUsage()
+        self._generate, self._pose = generate, pose
+        self._limits = {"max_prompt_chars": max_prompt_chars, "max_trace_chars": max_trace_chars}
+
+    def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
+        texts = [instruction(request, self._pose, **self._limits) for request in requests]
+        answers = self._generate([[{"role": "user", "content": text}] for text in texts])
+        reflections = [parse(answer) for answer in answers]
+        failures = sum(r.text is None for r in reflections)
+        self.usage += ReflectionUsage(calls=len(requests), failures=failures)
+        return reflections

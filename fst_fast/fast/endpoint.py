@@ -1,0 +1,134 @@
+"""The openai reflector: any OpenAI-compatible endpoint. Whatever it answers costs at most the proposal asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from pydantic import BaseModel, Field
+
+from fst_fast.config import ReflectorConfig
+from fst_fast.errors import UserError
+from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage
+from fst_fast.fast.template import Pose, instruction, parse
+
+LARGEST_ANSWER = 4 * 2**20  # bytes of a response body
+_BACK_OFF = 8.0  # seconds: the openai client waits up to this between two tries
+
+
+class EndpointReflector:
+    name = "openai"
+
+    def __init__(self, config: ReflectorConfig, pose: Pose, max_prompt_chars: int):
+        self.usage = ReflectionUsage()
+        self._config, self._pose, self._max_prompt_chars = config, pose, max_prompt_chars
+        self._key = _key(config)
+        url = config.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise UserError(f"reflector.base_url = {url!r}: must be a URL like http://localhost:8000/v1")
+        self._url = url
+        self.label = f"{config.model} at {urlsplit(url).hostname}"
+
+    def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
+        """All requests at once, `concurrency` under way. Must not be called from a running event loop.
+
+        Raises:
+            UserError: the endpoint refuses the key or does not know the model, and has never answered yet.
+        """
+        limits = {"max_prompt_chars": self._max_prompt_chars, "max_trace_chars": self._config.max_trace_chars}
+        answers = asyncio.run(self._ask_all([instruction(r, self._pose, **limits) for r in requests]))
+        for _, usage in answers:
+            self.usage += usage
+        return [reflection for reflection, _ in answers]
+
+    async def _ask_all(self, texts: Sequence[str]) -> list[tuple[Reflection, ReflectionUsage]]:
+        gate = asyncio.Semaphore(self._config.concurrency)
+        async with openai.AsyncOpenAI(
+            base_url=self._url, api_key=self._key, timeout=self._config.timeout, max_retries=self._config.retries
+        ) as client:
+            return await asyncio.gather(*(self._ask(client, gate, text) for text in texts))
+
+    async def _ask(
+        self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, text: str
+    ) -> tuple[Reflection, ReflectionUsage]:
+        # The client's timeout bounds the wait for each piece of an answer; this bounds an endpoint that dribbles.
+        deadline = (self._config.timeout + _BACK_OFF) * (self._config.retries + 1)
+        try:
+            async with gate, asyncio.timeout(deadline):
+                body = await self._post(client, text)
+            return self._read(body)
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            if self.usage.calls == self.usage.failures:
+                raise UserError(
+                    f"reflector.base_url = {self._url!r}, reflector.model = {self._config.model!r}, key from "
+                    f"{self._config.api_key_env}: the endpoint refuses ({self._redacted(error)})"
+                ) from None
+            return self._failed(error)
+        except (openai.OpenAIError, TimeoutError, ValueError) as error:
+            return self._failed(error)
+
+    async def _post(self, client: openai.AsyncOpenAI, text: str) -> bytes:
+        response = await client.chat.completions.with_raw_response.create(
+            model=self._config.model,
+            messages=[{"role": "user", "content": text}],
+            max_completion_tokens=self._config.max_new_tokens,
+        )
+        return response.content
+
+    def _read(self, body: bytes) -> tuple[Reflection, ReflectionUsage]:
+        if len(body) > LARGEST_ANSWER:
+            raise ValueError(f"an answer of {len(body)} bytes")
+        answer = _Completion.model_validate_json(body)
+        choice = answer.choices[0]
+        if choice.finish_reason == "length":
+            reflection = Reflection(None, f"cut off at reflector.max_new_tokens = {self._config.max_new_tokens}")
+        else:
+            reflection = parse(choice.message.content or "")
+        prompt_tokens, completion_tokens = answer.tokens("prompt_tokens"), answer.tokens("completion_tokens")
+        dollars = (prompt_tokens * self._config.price_in + completion_tokens * self._config.price_out) / 1e6
+        failures = int(reflection.text is None)
+        return reflection, ReflectionUsage(1, prompt_tokens, completion_tokens, dollars, failures)
+
+    def _failed(self, error: Exception) -> tuple[Reflection, ReflectionUsage]:
+        return Reflection(None, f"{type(error).__name__}: {self._redacted(error)}"), ReflectionUsage(1, failures=1)
+
+    def _redacted(self, error: Exception) -> str:
+        """What the endpoint says may quote the key."""
+        return str(error).replace(self._key, "[key]")
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Completion(BaseModel):
+    """What is used of a chat completion; the client itself does not validate."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: Any = None
+
+    def tokens(self, name: str) -> int:
+        """A count of `usage`, 0 when it is missing or nonsense."""
+        count = self.usage.get(name) if isinstance(self.usage, dict) else None
+        return count if isinstance(count, int) and count > 0 else 0
+
+
+def _key(config: ReflectorConfig) -> str:
+    key = os.environ.get(config.api_key_env, "").strip()
+    if not key and not config.base_url and not os.environ.get("OPENAI_BASE_URL"):
+        raise UserError(
+            f"reflector.api_key_env = {config.api_key_env!r}: this environment variable holds no key; set it, or set "
+            "reflector.base_url to a server that needs none."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"reflector.api_key_env = {config.api_key_env!r}: the key must be printable ASCII")
+    return key or "none"
