@@ -130,7 +130,7 @@ def linear_policy_loss(
         loss = Σ_t mask_t · token_weights_t · (l_t − entropy_coef · H_t + kl_coef · KL_t) / denominator
 
     l_t is `Objective`'s: −sg(clamp(ρ_t, weight_min, weight_max)) · A_t · log π_t for cispo (MiniMax-M1), the two-sided
-    clip for ppo, −A_t · log π_t for reinforce, with ρ = π / π_behavior and log ρ clamped to ±20. H_t is the entropy and
+    clip for ppo, −A_t · log π_t for reinforce, with ρ = π / π_behavior and log ρ capped at 20. H_t is the entropy and
     KL_t the exact KL(policy‖ref), both over the whole vocabulary at the same temperature and softcap.
 
     Args:
@@ -153,7 +153,8 @@ def linear_policy_loss(
 
     Gradients flow to hidden, weight, bias; a frozen one costs no product. Rows that are masked, or have advantage 0
     while there is no entropy or KL term, skip theirs. There is no second derivative: create_graph=True raises
-    RuntimeError in backward. Raises ValueError on arguments that do not fit.
+    RuntimeError in backward. Weight and bias gradients are summed in fp32 and rounded once, to the parameter's dtype
+    (to its `grad_dtype` where that is set). Raises ValueError on arguments that do not fit.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
     chosen = _backend(backend, chunk_rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 KINDS = ("cispo", "ppo", "reinforce")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-# log ρ is clamped to ±20 before exp, as in verl: ρ stays within [2e-9, 4.9e8], and no sum over tokens overflows fp32.
+# log ρ is capped at 20 before exp, as in verl: ρ stays below 4.9e8, and no sum over tokens overflows fp32.
 MAX_LOG_RATIO = 20.0
 
 
@@ -54,16 +54,16 @@ class Objective:
 
     def terms(self, logprobs: Tensor, behavior_logprobs: Tensor, advantages: Tensor) -> TokenTerms:
         log_ratio = logprobs - behavior_logprobs
-        ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
         if self.kind == "ppo":
             surrogate = ratio * advantages
             pessimistic = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantages
             clipped = surrogate > pessimistic
-            flat = clipped | (log_ratio.abs() > MAX_LOG_RATIO)  # exp(clamp(·)) is constant out there
+            flat = clipped | (log_ratio > MAX_LOG_RATIO)  # where ρ is capped it is constant
             return TokenTerms(-torch.minimum(surrogate, pessimistic), torch.where(flat, 0, -surrogate), ratio, clipped)
         weight = ratio.clamp(self.weight_min, self.weight_max) if self.kind == "cispo" else torch.ones_like(ratio)
         slope = -weight * advantages
-        loss = torch.where(slope == 0, 0, slope * logprobs)  # 0 even where log π = −inf
+        loss = torch.where(slope == 0, 0, slope * logprobs)  # an impossible token has ρ = 0, log π = −inf
         clipped = weight != ratio if self.kind == "cispo" else torch.zeros_like(ratio, dtype=torch.bool)
         return TokenTerms(loss, slope, ratio, clipped)
 

@@ -47,7 +47,7 @@ def policy_loss(
 ) -> PolicyLoss:
     live = _live(mask, logprobs)
     logp, behavior, advantage = (x.double()[live] for x in (logprobs, behavior_logprobs, advantages))
-    ratio = torch.exp(torch.clamp(logp - behavior, -20, 20))
+    ratio = torch.exp(torch.clamp(logp - behavior, max=20))
     if kind == "cispo":
         assert weight_max is not None
         weight = torch.clamp(ratio, weight_min, weight_max).detach()

@@ -18,7 +18,7 @@ class _Multiplier:
 
     def __init__(self, head: Head, dtype: torch.dtype) -> None:
         keep = head.hidden.is_cuda and head.hidden.dtype == head.weight.dtype == torch.bfloat16
-        self.head, self.dtype = head, dtype
+        self.source, self.dtype = head, dtype
         self.operand_dtype = torch.bfloat16 if keep else dtype
         self.weight = head.weight.to(self.operand_dtype)
 
@@ -27,21 +27,21 @@ class _Multiplier:
             return a @ b if self.operand_dtype == self.dtype else torch.mm(a, b, out_dtype=self.dtype)
 
     def inputs(self, rows: Tensor) -> Tensor:
-        return self.head.hidden[rows].to(self.operand_dtype)  # (n, H)
+        return self.source.hidden[rows].to(self.operand_dtype)  # (n, H)
 
     def temperature(self, rows: Tensor) -> Tensor:
-        t = self.head.temperature
+        t = self.source.temperature
         return t[rows, None] if t.ndim else t
 
     def logits(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of these rows (n, V), and the softcap's derivative there."""
         z, slope = self.product(self.inputs(rows), self.weight.T), None
-        if self.head.bias is not None:
-            z += self.head.bias
-        if self.head.softcap is not None:
-            z.div_(self.head.softcap).tanh_()
+        if self.source.bias is not None:
+            z += self.source.bias
+        if self.source.softcap is not None:
+            z.div_(self.source.softcap).tanh_()
             slope = z.square().neg_().add_(1)
-            z.mul_(self.head.softcap)
+            z.mul_(self.source.softcap)
         return z.div_(self.temperature(rows)), slope
 
 
@@ -127,7 +127,7 @@ class _HeadGradients:
     """Sums the gradients of hidden, weight and bias over blocks, in fp32; None where not wanted."""
 
     def __init__(self, head: _Multiplier, wanted: tuple[bool, ...]) -> None:
-        hidden, weight, bias = head.head.hidden, head.head.weight, head.head.bias
+        hidden, weight, bias = head.source.hidden, head.source.weight, head.source.bias
         self.head = head
         # Rows are written once, so bf16 stays bf16; fp16 would lose small gradients before a loss scaler lifts them.
         row_dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else head.dtype
@@ -186,12 +186,14 @@ def _measure_backward(
 ) -> tuple[Tensor | None, ...]:
     policy, reference = _Multiplier(head, head.dtype), None if ref is None else _Multiplier(ref, head.dtype)
     gradients = _HeadGradients(policy, wanted)
-    asked = [g for g in upstream if g is not None]
-    used = torch.stack([g != 0 for g in asked]).any(0).nonzero().squeeze(1)
-    for rows in _split(used, chunk_rows, head):
+    used = torch.zeros(len(head.hidden), dtype=torch.bool, device=head.hidden.device)
+    for g in upstream:
+        used = used if g is None else used | (g != 0)
+    for rows in _split(used.nonzero().squeeze(1), chunk_rows, head):
         block = _Block(policy, rows, targets, upstream.entropy is not None, reference, forward_kl)
         of_rows = _Measures(*(None if g is None else g[rows] for g in upstream))
         gradients.add(rows, block.gradient(of_rows), block.softcap_slope)
+        del block  # before the next one is built
     return gradients.all()
 
 
@@ -219,11 +221,8 @@ class _Measure(torch.autograd.Function):
     def heads(softcap: float | None, *tensors: Any) -> tuple[Head, Tensor | None, Head | None]:
         hidden, weight, bias, temperature, targets, ref_hidden, ref_weight, ref_bias = tensors
         head = Head(hidden, weight, bias, temperature, softcap)
-        return (
-            head,
-            targets,
-            ref_hidden if ref_hidden is None else Head(ref_hidden, ref_weight, ref_bias, temperature, softcap),
-        )
+        ref = None if ref_hidden is None else Head(ref_hidden, ref_weight, ref_bias, temperature, softcap)
+        return head, targets, ref
 
 
 def linear_token_logprobs(
@@ -266,11 +265,13 @@ def linear_policy_pass(
         for rows in _split(chosen.nonzero().squeeze(1), chunk_rows, head):
             block = _Block(policy, rows, batch.targets, True, reference)
             found = block.measures
-            assert found.logprobs is not None and found.entropy is not None
+            assert found.logprobs is not None
+            assert found.entropy is not None
             logprobs[rows], entropy[rows] = found.logprobs, found.entropy
             if kl is not None and found.kl is not None:
                 kl[rows] = found.kl
             if learns:
                 upstream = _Measures(*batch.slopes(rows, found.logprobs))
                 gradients.add(rows, block.gradient(upstream), block.softcap_slope)
+            del block  # before the next one is built
     return PolicyPass(logprobs, entropy, kl, gradients.all())

@@ -1,0 +1,280 @@
+"""What the package promises besides numbers: cost in products and memory, determinism, rules of autograd, errors."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fst_kernels
+from fst_kernels import kl_estimate, linear_kl, linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
+
+Fixture = Callable[..., Any]
+N, H, V = 96, 8, 501
+
+
+@pytest.mark.parametrize(
+    ("products", "frozen", "options"),
+    [
+        (3, (), {}),
+        (3, (), {"entropy_coef": 0.1}),
+        (4, (), {"kl_coef": 0.1}),
+        (2, ("weight",), {}),
+        (2, ("hidden",), {}),
+        (1, ("hidden", "weight"), {}),
+    ],
+)
+def test_loss_and_gradients_cost_one_pass(
+    make_problem: Fixture, watcher: Any, products: int, frozen: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    p = make_problem(N, H, V)
+    for name in frozen:
+        getattr(p, name).requires_grad_(False)
+    ref = p.ref if "kl_coef" in options else {}
+    with watcher:
+        out = linear_policy_loss(
+            p.hidden,
+            p.weight,
+            p.targets,
+            p.behavior_logprobs,
+            torch.ones(N),
+            weight_max=4.0,
+            chunk_rows=17,
+            **options,
+            **ref,
+        )
+        if products > 1:
+            out.loss.backward()
+    assert watcher.multiply_adds == products * N * H * V
+
+
+def test_no_gradient_is_computed_without_grad_mode(make_problem: Fixture, watcher: Any) -> None:
+    p = make_problem(N, H, V)
+    with watcher, torch.no_grad():
+        out = linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0)
+    assert not out.loss.requires_grad
+    assert watcher.multiply_adds == N * H * V
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_masked_and_zero_advantage_rows_take_no_gradient_products(
+    make_problem: Fixture, watcher: Any, entropy_coef: float
+) -> None:
+    p = make_problem(N, H, V)
+    with watcher:
+        loss = linear_policy_loss(
+            p.hidden, p.weight, *p.rows, p.mask, weight_max=4.0, entropy_coef=entropy_coef, chunk_rows=17
+        ).loss
+        loss.backward()
+    live = int(p.mask.sum())
+    learning = live if entropy_coef else int((p.mask & (p.advantages != 0)).sum())
+    assert 0 < learning <= live < N
+    assert watcher.multiply_adds == (live + 2 * learning) * H * V
+
+
+def test_compacting_zero_advantage_rows_keeps_loss_denominator_and_measures(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V)
+    moved = p.advantages + 1e-30 * (p.advantages == 0)  # not zero, so nothing is compacted
+    ours = linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0)
+    full = linear_policy_loss(p.hidden, p.weight, p.targets, p.behavior_logprobs, moved, weight_max=4.0)
+    torch.testing.assert_close(ours.loss, full.loss)
+    torch.testing.assert_close(ours.logprobs, full.logprobs)
+    torch.testing.assert_close(ours.entropy, full.entropy)
+    for a, b in zip(*(torch.autograd.grad(x.loss, (p.hidden, p.weight)) for x in (ours, full)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def _everything(p: Any, **kw: Any) -> list[torch.Tensor]:
+    """All three linear ops, forward and backward: (values..., gradients...)."""
+    out = linear_policy_loss(
+        p.hidden, p.weight, *p.rows, p.mask, weight_max=4.0, entropy_coef=0.1, kl_coef=0.1, **p.ref, **kw
+    )
+    token = linear_token_logprobs(p.hidden, p.weight, p.targets, entropy=True, **kw)
+    kl = linear_kl(p.hidden, p.weight, p.ref_hidden, p.ref_weight, direction="reverse", **kw)
+    assert out.logprobs is not None
+    assert token.entropy is not None
+    total = (token.logprobs * p.advantages + token.entropy - token.logsumexp + kl).sum()
+    values = [out.loss, out.logprobs, token.logprobs, token.entropy, kl]
+    return values + [g for x in (out.loss, total) for g in torch.autograd.grad(x, (p.hidden, p.weight))]
+
+
+def test_results_do_not_depend_on_the_chunk_size(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V)
+    whole = _everything(p, chunk_rows=10_000)
+    for chunk_rows in (1, 7, 32, 96, None):
+        for a, b in zip(_everything(p, chunk_rows=chunk_rows), whole, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_two_runs_give_the_same_bits(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V)
+    for a, b in zip(_everything(p, chunk_rows=32), _everything(p, chunk_rows=32), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_never_stored_whole(make_problem: Fixture, watcher: Any, dtype: torch.dtype) -> None:
+    p = make_problem(400, H, V, dtype=dtype)
+    with watcher:
+        _everything(p, chunk_rows=10)
+    assert watcher.largest == max(10 * V, 400 * H, V * H)
+
+
+def test_peak_memory_is_a_few_chunks_however_many_rows(make_problem: Fixture, watcher: Any) -> None:
+    p = make_problem(1000, 2, 2000, live=1.0)
+    with watcher:
+        linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0, chunk_rows=50).loss.backward()
+    chunk = 50 * 2000 * 4
+    assert watcher.peak_bytes <= 3 * chunk  # softmax, its log, and what is smaller
+
+
+def test_autocast_does_not_round_the_logits(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V)
+    plain = _everything(p)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = _everything(p)
+    for a, b in zip(plain, mixed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_second_backward_through_a_retained_graph_gives_the_same_gradient(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V)
+    loss = linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0).loss
+    (3 * loss).backward(retain_graph=True)
+    first = p.hidden.grad.clone(), p.weight.grad.clone()
+    (3 * loss).backward()
+    assert torch.equal(p.hidden.grad, 2 * first[0])
+    assert torch.equal(p.weight.grad, 2 * first[1])
+    torch.testing.assert_close(
+        first[1] / 3,
+        torch.autograd.grad(linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0).loss, p.weight)[0],
+    )
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "scalar",
+    [
+        lambda p: linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0).loss,
+        lambda p: policy_loss(p.hidden[:, 0], p.behavior_logprobs, p.advantages, weight_max=4.0).loss,
+        lambda p: linear_token_logprobs(p.hidden, p.weight, p.targets).logprobs.sum(),
+        lambda p: linear_kl(p.hidden, p.weight, p.ref_hidden, p.ref_weight).sum(),
+    ],
+    ids=["linear_policy_loss", "policy_loss", "linear_token_logprobs", "linear_kl"],
+)
+def test_a_second_derivative_is_refused_not_silently_zero(make_problem: Fixture, scalar: Fixture) -> None:
+    p = make_problem(5, 3, 7)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(scalar(p), p.hidden, create_graph=True)
+
+
+def test_inputs_are_left_as_they_were(make_problem: Fixture) -> None:
+    p, untouched = make_problem(N, H, V), make_problem(N, H, V)
+    _everything(p)
+    for a, b in zip(vars(p).values(), vars(untouched).values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_metrics_are_detached_scalars(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V)
+    out = linear_policy_loss(p.hidden, p.weight, *p.rows, p.mask, weight_max=4.0, **p.ref)
+    assert set(out.metrics) == {
+        "tokens",
+        "ratio_mean",
+        "ratio_clipped_fraction",
+        "behavior_k3_mean",
+        "entropy_mean",
+        "kl_mean",
+    }
+    for value in out.metrics.values():
+        assert value.shape == ()
+        assert not value.requires_grad
+    assert out.metrics["tokens"].item() == p.mask.sum().item()
+    assert out.metrics["entropy_mean"].item() > 0  # measured though entropy_coef is 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_max": None}, "cispo needs weight_max"),
+        ({"weight_max": 0.0}, "weight_max > 0"),
+        ({"weight_min": 5.0}, "weight_min <= weight_max"),
+        ({"kind": "grpo"}, "kind='grpo'"),
+        ({"kind": "ppo", "clip_low": 2.0}, "clip_low <= 1"),
+        ({"backend": "triton"}, "backend='triton' is not available"),
+        ({"backend": "cpu"}, "backend='cpu' is not available"),
+        ({"chunk_rows": 0}, "chunk_rows"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": torch.ones(3)}, "temperature must be a number"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"denominator": 0}, "denominator"),
+        ({"bias": torch.ones(3)}, "bias must be"),
+        ({"kl_coef": 0.1}, "both ref_hidden and ref_weight"),
+        ({"ref_hidden": torch.ones(N, H)}, "both ref_hidden and ref_weight"),
+        ({"ref_hidden": torch.ones(N, H), "ref_weight": torch.ones(9, H)}, "same N tokens and V items"),
+        ({"hidden": torch.ones(N, H + 1)}, "hidden must be"),
+        ({"hidden": torch.ones(N, H, dtype=torch.int64)}, "floating point"),
+        ({"targets": torch.zeros(N, dtype=torch.int32)}, "int64"),
+        ({"targets": torch.zeros(N, 1, dtype=torch.int64)}, "targets must be"),
+        ({"advantages": torch.ones(N, 1)}, "advantages must be"),
+        ({"behavior_logprobs": torch.ones(N - 1)}, "behavior_logprobs must be"),
+        ({"mask": torch.ones(1)}, "mask must be"),
+        ({"token_weights": torch.ones(1)}, "token_weights must be"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_does_not_fit_is_named(make_problem: Fixture, change: dict[str, Any], message: str) -> None:
+    p = make_problem(N, H, V)
+    names = ("hidden", "weight", "targets", "behavior_logprobs", "advantages")
+    arguments: dict[str, Any] = {name: getattr(p, name) for name in names} | {"weight_max": 4.0}
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(**(arguments | change))
+
+
+def test_the_other_functions_reject_what_does_not_fit(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V)
+    with pytest.raises(ValueError, match="cispo needs weight_max"):
+        policy_loss(p.behavior_logprobs, p.behavior_logprobs, p.advantages)
+    with pytest.raises(ValueError, match="advantages must be"):
+        policy_loss(p.behavior_logprobs, p.behavior_logprobs, p.advantages[1:], weight_max=4.0)
+    with pytest.raises(ValueError, match="direction='sideways'"):
+        linear_kl(p.hidden, p.weight, p.hidden, p.weight, direction="sideways")
+    with pytest.raises(ValueError, match="kind='k4'"):
+        kl_estimate(p.advantages, p.advantages, "k4")
+    with pytest.raises(ValueError, match="logits must be"):
+        token_logprobs(p.advantages, p.targets)
+    with pytest.raises(ValueError, match="backend='triton'"):
+        linear_token_logprobs(p.hidden, p.weight, p.targets, backend="triton")
+
+
+def test_empty_inputs_give_empty_outputs_and_zero_gradients(make_problem: Fixture) -> None:
+    p = make_problem(0, H, V)
+    loss, logprobs, token_logp, entropy, kl, *gradients = _everything(p)
+    assert loss.item() == 0
+    assert logprobs.shape == token_logp.shape == entropy.shape == kl.shape == (0,)
+    assert not any(g.any() for g in gradients)
+
+
+def test_the_package_stands_alone() -> None:
+    root = Path(fst_kernels.__file__).parents[1]
+    code = "import sys, fst_kernels; print({'fst_fast', 'transformers', 'vllm', 'triton'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_agrees_with_the_reference(make_problem: Fixture, assert_close: Fixture, dtype: torch.dtype) -> None:
+    p = make_problem(200, 64, 1100, dtype=dtype, scale=8.0)
+    for name, x in list(vars(p).items()):
+        setattr(p, name, x.detach().cuda().requires_grad_(x.requires_grad))
+    out = linear_policy_loss(p.hidden, p.weight, *p.rows, p.mask, weight_max=4.0, chunk_rows=64)
+    truth = fst_kernels.reference.linear_policy_loss(p.hidden, p.weight, *p.rows, p.mask, weight_max=4.0)
+    assert_close(out.logprobs, truth.logprobs, absolute=2e-5)
+    relative = 1e-5 if dtype == torch.float32 else 1e-2
+    for a, b in zip(*(torch.autograd.grad(x.loss, (p.hidden, p.weight)) for x in (out, truth)), strict=True):
+        assert_close(a, b, absolute=0, relative=relative)
