@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class Model:
             raise UserError(
                 f"model.path: {path} names no end token; set eos_token in its tokenizer or generation config"
             )
+        self._sanitizes = "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters
         self._check_head()
 
     @property
@@ -68,9 +70,18 @@ class Model:
         return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
     def encode_chat(self, messages: list[Message]) -> tuple[int, ...]:
-        """Token ids of the chat template, ready for the assistant's answer. Ids are the truth from here."""
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        return tuple(ids)
+        """Token ids of the chat template, ready for the assistant's answer. Ids are the truth from here.
+
+        Contents are data: lone surrogates are replaced, and special tokens written in them stay plain text (where
+        transformers is new enough to know how).
+        """
+        clean = [m | {"content": m["content"].encode("utf-8", "replace").decode()} for m in messages]
+        kwargs = {"sanitize_control_tokens": True} if self._sanitizes else {}
+        return tuple(
+            self.tokenizer.apply_chat_template(clean, add_generation_prompt=True, return_dict=True, **kwargs)[
+                "input_ids"
+            ]
+        )
 
     def decode(self, response_ids: tuple[int, ...]) -> str:
         """Text of a response, without its end token and without surrounding white space."""

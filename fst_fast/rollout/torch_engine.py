@@ -81,7 +81,7 @@ class TorchEngine:
             )
         free = self.max_batch - len(self._running)
         # admitting in quarters of the batch keeps prefills large
-        if self._waiting and (not self._running or free >= min(len(self._waiting), self.max_batch // 4)):
+        if self._waiting and (not self._running or free >= min(len(self._waiting), max(1, self.max_batch // 4))):
             self._admit([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
         if not self._running:
             return []
