@@ -38,7 +38,7 @@ class Prompt:
     @property
     def id(self) -> str:
         """12 hex digits of the text's SHA-256: the name used in files, metrics and reports."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
