@@ -68,8 +68,8 @@ PANELS = (
     ),
     Panel(
         "Exact KL to the base against reward", "reward", "kl", "reward, mean@k", "KL, nats per token",
-        "What a reward cost in distance from the base model, under the same prompts; lower is closer. Lines run in time, "
-        "markers are hollow after the first stage.",
+        "What a reward cost in distance from the base model, under the same prompts; lower is closer. Lines run in "
+        "time, markers are hollow after the first stage.",
     ),
     Panel(
         "Entropy against steps", "step", "entropy", "steps", "entropy, nats per token",

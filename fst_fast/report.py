@@ -305,7 +305,7 @@ def word_diff(old: str | None, new: str, limit: int) -> tuple[tuple[str, str], .
     words = [[word.strip() for word in side] for side in (a, b)]
     parts: list[tuple[str, str]] = []
     for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, words[0], words[1], len(b) > 400).get_opcodes():
-        parts += [("del", "".join(a[a0:a1]))] if op in ("delete", "replace") else []
+        parts += [("del", "".join(a[a0:a1]) + " " * (b0 == 0))] if op in ("delete", "replace") else []
         parts += [("same" if op == "equal" else "ins", "".join(b[b0:b1]))] if op != "delete" else []
     return (*parts, *cut)
 

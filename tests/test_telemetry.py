@@ -1,0 +1,258 @@
+"""What a run writes of itself: exact files, a resume that loses and doubles nothing, a console safe to read."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fst_fast.config import GLYPH, Config
+from fst_fast.errors import UserError
+from fst_fast.telemetry import Telemetry, count, plain, print_summary, read_run, scalars
+
+CONFIG = replace(GLYPH, tensorboard=False)
+EVIL = "[red]first[/red] line\nsecond \x1b[31mred\x07 \ud800 \u202egnp.exe {{7*7}} " + "x" * 10**6
+
+
+def step(n: int, reward: float = 0.5, **more: Any) -> dict[str, Any]:
+    record = {"kind": "step", "step": n, "stage": 0, "task": "glyph:A", "reward": reward, "entropy": 1.5}
+    return record | {"rollouts": 128 * n, "tokens": 1000 * n, "gepa_rollouts": 0, "gepa_tokens": 0} | more
+
+
+def evaluation(n: int, reward: float = 0.5, **more: Any) -> dict[str, Any]:
+    return step(n, reward, **{"kind": "eval", "kl": 0.05, "reward_seed": 0.1, "best_prompt": "aaa", **more})
+
+
+def evolution(n: int, **more: Any) -> dict[str, Any]:
+    record = {"kind": "evolve", "step": n, "stage": 0, "task": "glyph:A", "cycle": 0, "proposals": 8, "accepted": 3}
+    record |= {"rollouts": 300, "best": 0.6, "coverage": 0.9, "population": ["aaa"]}
+    return record | {"reflection": {"calls": 8, "dollars": 0.25, "failures": 1}, "time": {"seconds": 2.0}} | more
+
+
+def console(**options: Any) -> Console:
+    return Console(file=io.StringIO(), width=400, **options)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_metrics_are_the_records_one_ascii_line_each_readable_while_the_run_goes_on(tmp_path: Path) -> None:
+    records = [step(1, best="\ud800 é"), evaluation(1), evolution(1)]
+    path = tmp_path / "run" / "metrics.jsonl"
+    with Telemetry(path.parent, CONFIG, 10, console=console()) as telemetry:
+        for i, record in enumerate(records):
+            telemetry.write(record)
+            assert [json.loads(line) for line in path.read_text("ascii").splitlines()] == records[: i + 1]
+            assert telemetry.offset() == path.stat().st_size
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, CONFIG, 10, console=console()) as telemetry:
+        telemetry.write(step(1))
+        offset = telemetry.offset()
+        telemetry.write(step(2, reward=0.0))
+    with Telemetry(tmp_path, CONFIG, 10, offset=offset, step=1, console=console()) as telemetry:
+        telemetry.write(step(2, reward=1.0))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [step(1), step(2, reward=1.0)]
+
+
+@pytest.mark.parametrize("offset", [3, 10**6])
+def test_a_file_the_checkpoint_did_not_know_is_refused_and_left_alone(tmp_path: Path, offset: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "step"}\n')
+    with pytest.raises(UserError, match=rf"metrics\.jsonl.*{offset}"):
+        Telemetry(tmp_path, CONFIG, 10, offset=offset, step=1, console=console())
+    assert path.read_text() == '{"kind": "step"}\n'
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(CONFIG, tensorboard=True)
+    with Telemetry(tmp_path, config, 10, console=console()) as telemetry:
+        telemetry.write(step(1))
+        offset = telemetry.offset()
+        telemetry.write(step(2, reward=0.0))
+        telemetry.write(step(3, reward=0.0))
+        telemetry.write(evolution(3))
+    with Telemetry(tmp_path, config, 10, offset=offset, step=1, console=console()) as telemetry:
+        telemetry.write(step(2, reward=1.0))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("step/reward")] == [(1, 0.5), (2, 1.0)]
+
+
+def test_scalars_are_the_numbers_alone_with_time_and_reflection_by_name() -> None:
+    record = evolution(3, note="text", nothing=None)
+    assert scalars(record) == {
+        "evolve/proposals": 8, "evolve/accepted": 3, "evolve/rollouts": 300, "evolve/best": 0.6, "evolve/coverage": 0.9,
+        "evolve/reflection/calls": 8, "evolve/reflection/dollars": 0.25, "evolve/reflection/failures": 1,
+        "evolve/time/seconds": 2.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_log_file_gets_one_plain_line_per_evaluation_and_evolution(tmp_path: Path, progress: bool) -> None:
+    out = console()
+    with Telemetry(tmp_path, replace(CONFIG, progress=progress), 10, console=out) as telemetry:
+        for n in range(1, 4):
+            telemetry.write(step(n), prompt=EVIL)
+        telemetry.write(evaluation(3, 0.75, task=EVIL), prompt=EVIL)
+        telemetry.write(evolution(3), prompt=EVIL)
+    lines = text_of(out).splitlines()
+    assert len(lines) == 2
+    assert "step 3/10" in lines[0]
+    assert "held-out reward 0.750 · seed prompt 0.100 · KL 0.050" in lines[0]
+    assert "[red]first[/red] line second �[31mred� � �gnp.exe {{7*7}}" in lines[0]
+    assert "3 of 8 accepted" in lines[1]
+    assert all(len(line) < 400 and line.isprintable() for line in lines)
+
+
+def test_the_live_display_shows_hostile_prompts_as_text(tmp_path: Path) -> None:
+    out = console(force_terminal=True)
+    with Telemetry(tmp_path, CONFIG, 10, console=out) as telemetry:
+        telemetry.write(evaluation(3, kl=0.125), prompt=EVIL)
+        telemetry.write(step(4, time={"tokens_per_second": 4321.0}), prompt=EVIL)
+    shown = text_of(out)
+    assert "[red]first[/red] line second �[31mred" in shown.rsplit("best prompt", 1)[1]
+    assert "\x1b[31mred" not in shown
+    assert "4/10" in shown
+    assert "KL 0.125" in shown
+    assert "tokens/s 4,321" in shown
+
+
+def test_a_terminal_that_knows_ascii_only_does_not_end_the_run(tmp_path: Path) -> None:
+    raw = io.BytesIO()
+    out = Console(file=io.TextIOWrapper(raw, encoding="ascii"), width=400)
+    with Telemetry(tmp_path, CONFIG, 10, console=out) as telemetry:
+        telemetry.write(evaluation(1, task="glyph:数"), prompt=EVIL)
+    out.file.flush()
+    assert b"held-out reward 0.500" in raw.getvalue()
+
+
+def test_the_files_are_whole_when_the_loop_raises(tmp_path: Path) -> None:
+    def loop() -> None:
+        with Telemetry(tmp_path, CONFIG, 10, console=console(force_terminal=True)) as telemetry:
+            telemetry.write(step(1))
+            raise RuntimeError("of the loop")
+
+    with pytest.raises(RuntimeError, match="of the loop"):
+        loop()
+    assert len(read_run(tmp_path).steps) == 1
+
+
+def test_wandb_missing_is_said_before_a_file_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "metrics.jsonl").write_text("kept\n")
+    with pytest.raises(UserError, match=r"fst-fast\[wandb\]"):
+        Telemetry(tmp_path, replace(CONFIG, wandb=True), 10, console=console())
+    assert (tmp_path / "metrics.jsonl").read_text() == "kept\n"
+
+
+def test_wandb_gets_the_config_and_the_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = SimpleNamespace(log=calls.append, finish=lambda exit_code: calls.append(exit_code))
+    fake = SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with Telemetry(tmp_path / "fst-1", replace(CONFIG, wandb=True), 10, console=console()) as telemetry:
+        telemetry.write(step(1))
+    assert calls[0]["id"] == "fst-1"
+    assert calls[0]["resume"] == "allow"
+    assert Config(**{**calls[0]["config"], "mode": "rl"}).mode == "rl"
+    assert calls[1] == {"step": 1} | scalars(step(1))
+    assert calls[2] == 0
+
+
+# ------------------------------------------------------------------------------------------------- reading a run back
+
+
+def write_run(folder: Path, records: list[dict[str, Any]], config: str = 'mode = "fst"\nseed = 3\n') -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def two_stages() -> list[dict[str, Any]]:
+    """30 steps of A, which reaches .95 at step 20; at B's start GEPA spends 500, .6 is reached 10 steps later."""
+    b = {"stage": 1, "task": "glyph:B"}
+    return [
+        evaluation(0, 0.0), step(10), evaluation(10, 0.4), step(20), evaluation(20, 0.95), step(30),
+        evaluation(30, 0.7), evaluation(30, 0.0, **b), evolution(30, **b),
+        step(40, rollouts=5620, gepa_rollouts=500, **b),
+        evaluation(40, 0.6, rollouts=5620, tokens=44_000, gepa_rollouts=500, **b),
+    ]  # fmt: skip
+
+
+def test_levels_count_from_the_start_of_their_stage_with_what_gepa_spent(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, two_stages()))
+    a, b = {"stage": 0, "task": "glyph:A"}, {"stage": 1, "task": "glyph:B"}
+    assert run.levels() == [
+        {**a, "level": 0.5, "steps": 20, "rollouts": 2560, "tokens": 20_000},
+        {**a, "level": 0.9, "steps": 20, "rollouts": 2560, "tokens": 20_000},
+        {**b, "level": 0.5, "steps": 10, "rollouts": 5620 - 3840, "tokens": 14_000},
+        {**b, "level": 0.9, "steps": None, "rollouts": None, "tokens": None},
+    ]
+    assert run.spans == {0: (0, 30), 1: (30, 40)}
+    assert run.last_eval(0) == evaluation(30, 0.7)
+    assert (run.mode, run.seed, run.stages) == ("fst", 3, {0: "glyph:A", 1: "glyph:B"})
+
+
+def test_the_levels_of_the_config_are_used(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, two_stages(), "[eval]\nlevels = [0.95]\n"))
+    assert [(r["level"], r["steps"]) for r in run.levels()] == [(0.95, 20), (0.95, None)]
+
+
+def test_the_summary_says_what_was_reached_and_spent_and_where_the_report_is(tmp_path: Path) -> None:
+    write_run(tmp_path, [*two_stages(), {"kind": "end", "step": 40}])
+    (tmp_path / "report.html").write_text("")
+    out = console()
+    print_summary(tmp_path, out)
+    shown = " ".join(text_of(out).split())
+    for wanted in ("fst, seed 3", "0.700", "20 steps", "2,560", "not reached", "5,620 rollouts, 500 of them by GEPA",
+                   "8 calls, $0.25, 1 failures", f"report: {tmp_path / 'report.html'}"):  # fmt: skip
+        assert wanted in shown
+    assert "not ended" not in shown
+
+
+def test_a_run_that_was_killed_is_read_as_far_as_it_got(tmp_path: Path) -> None:
+    write_run(tmp_path, [evaluation(0), step(1)])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"[1, 2]\n\xff\xfe\n" + b"[" * 100_000 + b'\n{"kind": "step", "st')
+    run = read_run(tmp_path)
+    assert (len(run.evals), len(run.steps), run.end) == (1, 1, None)
+    assert any("4 unreadable" in note for note in run.notes)
+    assert any("has not ended" in note for note in run.notes)
+    print_summary(tmp_path, out := console())
+    assert "has not ended" in text_of(out)
+
+
+def test_missing_files_are_named_and_a_folder_without_any_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("mode = ")
+    run = read_run(tmp_path)
+    assert "config.toml could not be read" in run.notes[0]
+    assert "metrics.jsonl is not there" in run.notes[1]
+    print_summary(tmp_path, console())
+    with pytest.raises(UserError, match="is no run directory"):
+        read_run(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0, "0"), (4608, "4,608"), (46_080, "46.1k"), (1_250_000, "1.25M"), (3e9, "3G")]
+)
+def test_counts_for_people(value: float, shown: str) -> None:
+    assert count(value) == shown
+
+
+def test_plain_text_is_one_short_printable_line() -> None:
+    assert plain("a\n b\t\x00c\u2028d", 80) == "a b �c d"
+    assert plain("x" * 10**7, 5) == "xxxx…"
