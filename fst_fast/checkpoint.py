@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fst_fast.errors import UserError
-from fst_fast.files import sync_directory, write_atomic
+from fst_fast.files import DISK_FULL, sync_directory, write_atomic
 from fst_fast.model import Model
 from fst_fast.slow.policy import Policy
 
@@ -33,9 +35,7 @@ def save(run_dir: Path, policy: Policy, state: dict[str, Any], *, keep: int) -> 
     temporary = root / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model_dir = temporary / "model"  # a Hugging Face folder of its own: loads anywhere
-        policy.model.lm.save_pretrained(model_dir)
-        policy.model.tokenizer.save_pretrained(model_dir)
+        save_model(policy.model, temporary / "model")
         buffer = io.BytesIO()
         torch.save(policy.state_dict(), buffer)
         (temporary / "optimizer.pt").write_bytes(buffer.getvalue())
@@ -45,6 +45,7 @@ def save(run_dir: Path, policy: Policy, state: dict[str, Any], *, keep: int) -> 
             with open(file, "rb+") as handle:
                 manifest[str(file.relative_to(temporary))] = hashlib.file_digest(handle, "sha256").hexdigest()
                 os.fsync(handle.fileno())
+        sync_directory(temporary / "model")
         write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
@@ -57,14 +58,34 @@ def save(run_dir: Path, policy: Policy, state: dict[str, Any], *, keep: int) -> 
     return final
 
 
+def save_model(model: Model, folder: Path) -> None:
+    """A Hugging Face folder of its own: loads anywhere."""
+    try:
+        model.lm.save_pretrained(folder)
+    except SafetensorError as error:  # which hides what the system said
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
+    model.tokenizer.save_pretrained(folder)
+
+
 def folders(run_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose files match its manifest; None when there is none."""
-    return next((folder for folder in folders(run_dir) if intact(folder)), None)
+    """The newest checkpoint whose files match its manifest; None when none was written yet.
+
+    UserError when there are some and none is good: to start over would destroy what is left of the run.
+    """
+    found = folders(run_dir)
+    good = next((folder for folder in found if intact(folder)), None)
+    if found and not good:
+        raise UserError(f"run_dir: no checkpoint of {run_dir} is intact any more; start again in another run_dir")
+    return good
 
 
 def intact(folder: Path) -> bool:
@@ -99,11 +120,26 @@ def load_weights(folder: Path, model: Model) -> None:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for this process; a second one is told so at once. The lock dies with its process."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a") as lock:
+    """Hold a run directory, made if need be, for this process; a second one is told so at once.
+
+    The lock dies with its process. A directory to which nothing was written is left as it was.
+    """
+    made = not run_dir.exists()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (closed below)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"run_dir: {run_dir} is in use by another process; wait for it or choose another") from None
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UserError(f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another") from None
+    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"run_dir: {run_dir} is in use by another process; wait for it or choose another") from None
-        yield
+            yield
+        finally:
+            if os.listdir(run_dir) == [".lock"]:
+                (run_dir / ".lock").unlink()
+                if made:
+                    run_dir.rmdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import tyro
 
 from fst_fast.config import MODES, PRESETS, Config, check, from_dict, preset
 from fst_fast.errors import UserError
+from fst_fast.files import DISK_FULL
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,16 @@ class TrainCommand:
 
 def parse_train(argv: Sequence[str]) -> TrainCommand:
     """The command line of `fst_fast.train`. Preset, mode and file are read first: they set the flags' defaults."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--mode", "--config-file", "--model.path", "--resume"):
         early.add_argument(name, default="")
-    known, rest = early.parse_known_args(list(argv))
-    if known.resume:
-        if rest or known.preset or known.mode or known.config_file or getattr(known, "model.path"):
-            raise UserError("--resume continues a run with its own configuration; give it no other flags")
+    try:
+        known, _ = early.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    if any(word.startswith("--resume") for word in argv):
+        if len(argv) > 2 or not known.resume:
+            raise UserError("--resume takes a run directory and no other flag: a run goes on as it was configured")
         return TrainCommand(resume=known.resume)
     data = read_toml(known.config_file) if known.config_file else {}
     mode = known.mode or data.get("mode", "fst")
@@ -78,7 +81,7 @@ def read_toml(path: str | Path) -> dict[str, object]:
             return tomllib.load(file)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # syntax, encoding, a number of too many digits, too many brackets
         raise UserError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -88,8 +91,10 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(_say(f"error: {error}", 2))
+    except FloatingPointError as error:
+        sys.exit(_say(f"error: {error}; start again with a smaller slow.lr", 2))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(_say(f"error: no space left on the disk{where}; make room, then --resume from the last checkpoint", 2))

@@ -9,13 +9,23 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fst_fast.errors import UserError
 from fst_fast.tasks.jsonl import JsonlOptions
 
 Mode = Literal["fst", "rl", "gepa", "rl-then-gepa", "fst-distill"]
 MODES: tuple[Mode, ...] = ("fst", "rl", "gepa", "rl-then-gepa", "fst-distill")
+
+# What a field may hold; the upper ends only catch slips of the keyboard, inf and nan.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=10_000)]
+Amount = Annotated[float, Field(ge=0, le=1e9)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -30,43 +40,43 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    problems: int = 32
+    problems: Count = 32
     """P: problems a step."""
-    group_size: int = 8
+    group_size: Annotated[int, Field(ge=2, le=10_000)] = 8
     """G: rollouts per problem, spread evenly over the population."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Sampling temperature; the behaviour log-probs and the loss use the same."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Count = 1024
     """Longest response; a longer one is cut and scored as it stands."""
-    max_batch: int = 256
+    max_batch: Count = 256
     """Sequences the embedded engine decodes together."""
 
 
 @dataclass(frozen=True)
 class FastConfig:
-    population: int = 4
+    population: Few = 4
     """K: prompts that share the rollouts of a group."""
-    every: int = 6
+    every: Few = 6
     """T: steps between two GEPA cycles."""
-    proposals: int = 8
+    proposals: Count = 8
     """Children GEPA proposes a cycle."""
-    first_proposals: int = 24
+    first_proposals: Count = 24
     """The same for the first cycle of a run or of a stage, where everything has to be found."""
-    parallel: int = 8
+    parallel: Count = 8
     """Proposals made and evaluated at once."""
-    minibatch: int = 3
+    minibatch: Count = 3
     """Problems a proposal is reflected and accepted on."""
-    scoring_problems: int = 192
+    scoring_problems: Count = 192
     """Problems of the next T batches on which prompts are scored (at most T x P: the lookahead)."""
-    pool: int = 10
+    pool: Count = 10
     """Prompts carried from cycle to cycle, chosen by greedy coverage; the first K of them are the population."""
-    newly_solved: int = 2
+    newly_solved: Count = 2
     """A child that does not raise its minibatch's sum is accepted too if it newly solves this many problems."""
     reflector: Literal["openai", "policy", "phrasebook"] = "policy"
     """Who rewrites prompts: an OpenAI-compatible endpoint, the frozen base model, or the offline rule-based editor."""
     at_switch: Literal["keep", "reset"] = "keep"
     """What happens to the prompts when the stream switches task: carried on, or reset to the new task's seed prompt."""
-    max_prompt_chars: int = 8000
+    max_prompt_chars: Count = 8000
     """A proposed prompt longer than this is refused."""
 
 
@@ -78,19 +88,19 @@ class ReflectorConfig:
     """Model name sent to the endpoint (the paper's reflection LM)."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is never written anywhere."""
-    timeout: float = 120.0
+    timeout: Positive = 120.0
     """Seconds one call may take."""
-    retries: int = 3
+    retries: Annotated[int, Field(ge=0, le=1000)] = 3
     """Retries with back-off on timeouts, rate limits and server errors."""
-    concurrency: int = 8
+    concurrency: Few = 8
     """Calls under way at once."""
-    max_new_tokens: int = 2048
+    max_new_tokens: Count = 2048
     """Longest answer asked for."""
-    price_in: float = 1.25
+    price_in: Amount = 1.25
     """Dollars per million prompt tokens, for the run's accounting."""
-    price_out: float = 10.0
+    price_out: Amount = 10.0
     """Dollars per million completion tokens."""
-    max_trace_chars: int = 4000
+    max_trace_chars: Count = 4000
     """Longer responses are cut in the middle of a trace, with a mark."""
 
 
@@ -98,44 +108,44 @@ class ReflectorConfig:
 class SlowConfig:
     loss: Literal["cispo", "ppo", "reinforce"] = "cispo"
     """Policy loss; only the coefficient per token differs."""
-    lr: float = 1e-6
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-6
     """AdamW learning rate after warm-up."""
-    warmup: int = 10
+    warmup: Annotated[int, Field(ge=0, le=10**9)] = 10
     """Optimizer steps of linear warm-up."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    weight_decay: Amount = 0.0
+    clip: Positive = 1.0
     """Largest global gradient norm."""
-    minibatches: int = 1
+    minibatches: Count = 1
     """Optimizer steps a batch, whole groups each."""
-    micro_tokens: int = 16384
+    micro_tokens: Count = 16384
     """Padded tokens of one forward and backward pass: bounds memory, does not change the gradient."""
-    weight_max: float = 4.0
+    weight_max: Positive = 4.0
     """Tau: upper cap of the importance ratio itself (1 + eps_high)."""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: Decay = 0.2
+    clip_high: Amount = 0.2
     """PPO's clip range, for loss = ppo only."""
     average: Literal["problem", "batch"] = "problem"
     """Token losses averaged over each problem's group, then over problems (the paper's Eq. 4); or over all tokens."""
     baseline: Literal["mean", "leave-one-out"] = "mean"
     """Group baseline of the advantage."""
-    kl_coef: float = 0.001
+    kl_coef: Amount = 0.001
     """Coefficient of the exact KL to the base model; 0 skips the base model's forward pass."""
-    entropy_coef: float = 0.0
+    entropy_coef: Amount = 0.0
     """Coefficient of the entropy bonus."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: int = 10
+    every: Count = 10
     """Steps between evaluations; also before the first and after the last step of each stage."""
-    problems: int = 64
+    problems: Count = 64
     """Held-out problems."""
-    samples: int = 4
+    samples: Few = 4
     """k of mean@k, at the training temperature."""
-    levels: tuple[float, ...] = (0.5, 0.9)
+    levels: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5, 0.9)
     """Rewards for which steps, rollouts and tokens to reach them are reported."""
 
 
@@ -147,13 +157,13 @@ class Config:
     """Stages TASK@STEPS in order: glyph:A, glyph:A/B (sliced), star_graph:4x3, jsonl:FILE."""
     run_dir: str = ""
     """Where the run is written; empty = runs/<mode>-<date>-<time>."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """One seed; every purpose draws from a stream of its own derived from it."""
-    threads: int = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Torch CPU threads; 0 = all cores. Bits are reproducible for the same number."""
-    checkpoint_every: int = 10
+    checkpoint_every: Count = 10
     """Steps between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Checkpoints kept."""
     wandb: bool = False
     """Log to Weights & Biases too (needs the extra [wandb])."""
@@ -189,9 +199,9 @@ def stages(stream: str) -> list[Stage]:
     out: list[Stage] = []
     for part in stream.split(","):
         task, _, steps = part.strip().rpartition("@")
-        if not (task and steps.isdecimal() and int(steps) > 0):
+        if not (task and steps.isdecimal() and len(steps) < 10 and int(steps) > 0):
             raise UserError(
-                f"stream: {part.strip()!r} is not TASK@STEPS with a positive number of steps, e.g. glyph:A@60"
+                f"stream: {part.strip()!r:.200} is not TASK@STEPS with 1 to 10^9 - 1 steps, e.g. glyph:A@60"
             )
         out.append(Stage(len(out), task, out[-1].end if out else 0, int(steps)))
     return out
@@ -218,42 +228,8 @@ def preset(name: str, mode: Mode) -> Config:
 
 def check(config: Config) -> None:
     """Reject what cannot work, before any work. Raises UserError."""
-    at_least_one = {
-        "rollout.problems": config.rollout.problems,
-        "rollout.max_new_tokens": config.rollout.max_new_tokens,
-        "rollout.max_batch": config.rollout.max_batch,
-        "fast.population": config.fast.population,
-        "fast.every": config.fast.every,
-        "fast.proposals": config.fast.proposals,
-        "fast.first_proposals": config.fast.first_proposals,
-        "fast.parallel": config.fast.parallel,
-        "fast.minibatch": config.fast.minibatch,
-        "fast.scoring_problems": config.fast.scoring_problems,
-        "fast.pool": config.fast.pool,
-        "slow.minibatches": config.slow.minibatches,
-        "slow.micro_tokens": config.slow.micro_tokens,
-        "eval.every": config.eval.every,
-        "eval.problems": config.eval.problems,
-        "eval.samples": config.eval.samples,
-        "checkpoint_every": config.checkpoint_every,
-        "keep_checkpoints": config.keep_checkpoints,
-    }
-    for name, number in at_least_one.items():
-        if number < 1:
-            raise UserError(f"{name} = {number}: must be at least 1")
-    positive = {
-        "rollout.temperature": config.rollout.temperature,
-        "slow.lr": config.slow.lr,
-        "slow.clip": config.slow.clip,
-        "slow.weight_max": config.slow.weight_max,
-        "reflector.timeout": config.reflector.timeout,
-    }
-    for name, value in positive.items():
-        if not 0 < value < float("inf"):
-            raise UserError(f"{name} = {value}: must be a positive number")
+    _validate(asdict(config), prefix="")
     size, k = config.rollout.group_size, config.fast.population
-    if size < 2:
-        raise UserError(f"rollout.group_size = {size}: an advantage needs at least 2 rollouts of a problem")
     if config.mode == "fst" and size % k:
         fitting = [d for d in range(1, size + 1) if size % d == 0]
         raise UserError(
@@ -270,6 +246,8 @@ def check(config: Config) -> None:
             f"fast.scoring_problems = {config.fast.scoring_problems}: the next fast.every x rollout.problems = "
             f"{config.fast.every} x {config.rollout.problems} batches hold {ahead}; use at most that"
         )
+    if config.wandb and not find_spec("wandb"):
+        raise UserError("wandb = True: it is not installed; pip install 'fst-fast[wandb]', or leave it out")
     stages(config.stream)
 
 
@@ -282,18 +260,18 @@ def to_toml(config: Config) -> str:
 
 def from_dict(data: dict[str, Any], default: Config, *, source: str) -> Config:
     """`default` with the fields of parsed TOML. Unknown fields and wrong types raise UserError naming them."""
-    from pydantic import TypeAdapter, ValidationError
+    return _validate(_merge(asdict(default), data, source), prefix=f"{source}: ")
 
-    merged = _merge(asdict(default), data, source)
+
+def _validate(data: dict[str, Any], *, prefix: str) -> Config:
     try:
         # JSON mode: strict types, but a list may stand for a tuple
-        return TypeAdapter(Config).validate_json(json.dumps(merged), strict=True)
+        return TypeAdapter(Config).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{source}: {name} = {first['input']!r}: {first['msg']}") from None
-    except TypeError as error:  # dates are TOML, not JSON
-        raise UserError(f"{source}: {error}") from None
+        said = first["msg"].replace("Input should be", "must be")
+        raise UserError(f"{prefix}{name} = {first['input']!r}: {said}") from None
 
 
 def _merge(base: dict[str, Any], given: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:

@@ -110,27 +110,54 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto") -> Mo
         raise UserError(f"model.path: {folder} is not a Hugging Face model folder (it has no config.json)")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    logging.disable_progress_bar()  # loading and saving shards; the run has a progress display of its own
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # not a device, not built in, no driver, none of that number
+        raise UserError(f"model.device = {device!r}: {_first_line(error)}; use auto or cpu") from None
+    # the run has a progress display of its own, and the faults that loading reports are checked here
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(folder)
         # SDPA has no softcapped attention (Gemma 2): transformers refuses it there
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
-    except (OSError, ValueError, KeyError) as error:
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a broken folder makes transformers, safetensors and pickle raise
         raise UserError(f"model.path: {folder} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    # transformers draws these at random
+    if unfit := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
+        raise UserError(
+            f"model.path: the weights of {folder} do not fit its config.json: {len(unfit)} tensors are missing or of "
+            f"another shape, e.g. {unfit[0]}"
+        )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"model.path: {folder} has no tokenizer; save one there with tokenizer.save_pretrained(...)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         raise UserError(f"model.path: the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from error
     if not tokenizer.chat_template:
         raise UserError(
             f"model.path: {folder} has no chat template; use an instruction-tuned model or add chat_template.jinja"
         )
     lm.to(device)
+    if not all(bool(p.isfinite().all()) for p in lm.parameters()):
+        raise UserError(f"model.path: the weights of {folder} are not all finite numbers")
     lm.eval()  # no dropout: the trained distribution must be the sampled one
-    return Model(lm, tokenizer, str(folder))
+    model = Model(lm, tokenizer, str(folder))
+    try:
+        model.encode_chat([{"role": "system", "content": "a prompt"}, {"role": "user", "content": "a problem"}])
+    except Exception as error:  # a template is a program
+        raise UserError(
+            f"model.path: the chat template of {folder} does not take a system and a user message: {_first_line(error)}"
+        ) from error
+    return model
 
 
 def _first_line(error: BaseException) -> str:
