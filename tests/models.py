@@ -34,7 +34,7 @@ def save_tiny(family: str, folder: Path, *, seed: int = 0) -> Path:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,  # grouped-query attention
         "head_dim": 16,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 2048,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,

@@ -71,12 +71,18 @@ class Collector:
     def complete(
         self, conversations: Sequence[list[Message]], sampling: SamplingParams, key: tuple[str | int, ...]
     ) -> list[str]:
-        """Plain chat completions by the weights the engine holds, outside the store: the policy as reflection LM."""
+        """Plain chat completions by the weights the engine holds, outside the store: the policy as reflection LM.
+
+        A conversation that leaves no room in the context for `max_new_tokens` gets the answer "".
+        """
         requests = [
             Request(i, self.model.encode_chat(messages), sampling, derive(self._seed, "complete", *key, i))
             for i, messages in enumerate(conversations)
         ]
-        return [self.model.decode(c.response_ids) for c in self._drain(requests)]
+        room = self.model.context - sampling.max_new_tokens
+        fitting = [r for r in requests if len(r.prompt_ids) <= room]
+        answers = {c.id: self.model.decode(c.response_ids) for c in self._drain(fitting)}
+        return [answers.get(r.id, "") for r in requests]
 
     def room(self, task: Task, prompt: Prompt, problem: Problem) -> int:
         """Tokens of the context left over when `problem` is posed under `prompt` and answered at full length."""

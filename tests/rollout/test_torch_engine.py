@@ -155,8 +155,8 @@ def test_priorities_go_first(model: Model) -> None:
 
 def test_a_prompt_without_room_in_the_context_is_refused_before_any_work(model: Model) -> None:
     engine = TorchEngine(model)
-    long = Request(0, (7,) * 250, SamplingParams(1.0, 7), seed=0)
-    with pytest.raises(ValueError, match="context of 256"):
+    long = Request(0, (7,) * (model.context - 6), SamplingParams(1.0, 7), seed=0)
+    with pytest.raises(ValueError, match="context of 2048"):
         engine.submit([*requests_on(model), long])
     assert not engine.busy
 
