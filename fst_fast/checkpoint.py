@@ -124,7 +124,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
     The lock dies with its process. A directory to which nothing was written is left as it was.
     """
-    made = not run_dir.exists()
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (closed below)
@@ -141,5 +141,5 @@ def locked(run_dir: Path) -> Iterator[None]:
         finally:
             if os.listdir(run_dir) == [".lock"]:
                 (run_dir / ".lock").unlink()
-                if made:
-                    run_dir.rmdir()
+                for folder in made:
+                    folder.rmdir()

@@ -22,7 +22,7 @@ from fst_fast.cli import run
 from fst_fast.config import EvalConfig, check
 from fst_fast.errors import UserError
 from fst_fast.model import Model
-from fst_fast.records import Prompt, Rollout
+from fst_fast.records import Problem, Prompt, Rollout
 from fst_fast.rollout.collect import Ask, Collector
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.slow.learner import token_kl
@@ -51,7 +51,7 @@ def evaluate(
     """Metrics of one evaluation (the fields of an "eval" line in metrics.jsonl)."""
     seed_prompt = Prompt(task.seed_prompt)
     prompts = list(dict.fromkeys([best, *population, seed_prompt]))
-    problems = list(task.validation[: config.problems])
+    problems = held_out(task, config.problems)
     asks = [Ask(p, x, s) for p in prompts for x in problems for s in range(config.samples)]
     rollouts = collector.collect(task, asks, purpose="eval", step=step, key=key)
     scores = mean_scores(rollouts)
@@ -70,13 +70,25 @@ def evaluate(
         "samples": config.samples,
         "problems": len(problems),
     }
-    if isinstance(task, GlyphTask):
-        cases = instruction_cases(64, 77)
-        followed = collector.collect(
-            task, [Ask(Prompt(text), x) for text, x in cases], purpose="eval", step=step, key=(*key, "retention")
-        )
+    if asks := retention_asks(task):
+        followed = collector.collect(task, asks, purpose="eval", step=step, key=(*key, "retention"))
         record["retention"] = mean(r.reward for r in followed)
     return record
+
+
+def held_out(task: Task, n: int) -> Sequence[Problem]:
+    """The first `n` validation problems; UserError when there are fewer."""
+    if n > len(task.validation):
+        raise UserError(
+            f"eval.problems = {n} is more than the {len(task.validation)} validation problems of {task.name}; use "
+            f"--eval.problems {len(task.validation)} or fewer"
+        )
+    return task.validation[:n]
+
+
+def retention_asks(task: Task) -> list[Ask]:
+    """Glyph only: prompts that state a rule each, to see how well the policy still follows instructions."""
+    return [Ask(Prompt(text), x) for text, x in instruction_cases(64, 77)] if isinstance(task, GlyphTask) else []
 
 
 def mean_scores(rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:
@@ -126,8 +138,8 @@ class EvaluateCommand:
     """Run directory."""
     task: str = ""
     """Task to evaluate on, e.g. glyph:C or jsonl:FILE; empty = the run's last stage."""
-    problems: int = 128
-    """Held-out problems."""
+    problems: int = 0
+    """Held-out problems; 0 = all there are."""
     samples: int = 4
     """k of mean@k."""
 
@@ -137,17 +149,18 @@ def main(argv: Sequence[str]) -> None:
 
     command = tyro.cli(EvaluateCommand, args=list(argv), prog="python -m fst_fast.evaluate")
     config = read_config(command.run)
-    config = replace(config, eval=replace(config.eval, problems=command.problems, samples=command.samples))
-    check(config)
-    torch.set_num_threads(config.threads)
     trainer = Trainer(config, command.run)
     if not trainer.restore():
-        raise UserError(f"run: {command.run} has no good checkpoint yet")
+        raise UserError(f"run: {command.run} has no checkpoint yet")
     task = (
         make_task(command.task, seed=config.seed, jsonl=config.jsonl)
         if command.task
         else trainer.tasks[trainer.entered]
     )
+    problems = command.problems or len(task.validation)
+    trainer.config = replace(config, eval=replace(config.eval, problems=problems, samples=command.samples))
+    check(trainer.config)
+    trainer.check_room(task, [Prompt(task.seed_prompt), trainer.best, *trainer.population])
     with tempfile.TemporaryDirectory() as scratch:  # these rollouts are not the run's
         trainer.serve(RolloutStore(Path(scratch)))
         metrics = trainer.held_out(task)

@@ -83,6 +83,10 @@ class Model:
             ]
         )
 
+    def room(self, messages: list[Message], max_new_tokens: int) -> int:
+        """Tokens of the context left over when `messages` are answered at full length; negative: they do not fit."""
+        return self.context - len(self.encode_chat(messages)) - max_new_tokens
+
     def decode(self, response_ids: tuple[int, ...]) -> str:
         """Text of a response, without its end token and without surrounding white space."""
         return self.tokenizer.decode([i for i in response_ids if i not in self.eos_ids]).strip()

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from fst_fast.cli import parse_train, read_toml, run
 from fst_fast.config import Config, Stage, check, from_dict, stages, to_toml
 from fst_fast.data import DataOrder
 from fst_fast.errors import UserError
-from fst_fast.evaluate import evaluate
+from fst_fast.evaluate import evaluate, held_out, retention_asks
 from fst_fast.fast.evolve import Evolution, evolve
 from fst_fast.fast.population import Member, distinct
 from fst_fast.fast.reflection import ReflectionUsage
@@ -51,7 +52,6 @@ def main(argv: Sequence[str]) -> None:
         config = read_config(run_dir)
     else:
         config = command.config
-        check(config)
         run_dir = Path(config.run_dir or f"runs/{config.mode}-{datetime.now():%Y%m%d-%H%M%S}")
         config = replace(config, run_dir=str(run_dir), threads=config.threads or os.cpu_count() or 1)
     train(config, run_dir, resume=bool(command.resume))
@@ -67,11 +67,9 @@ def read_config(run_dir: Path) -> Config:
 
 def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     """One run from its configuration (or its last checkpoint) to its report."""
-    torch.set_num_threads(config.threads)
     trainer = Trainer(config, run_dir)  # everything that can be wrong is wrong here, before a file is written
     with checkpoint.locked(run_dir):
-        trainer.open(resume=resume)
-        with trainer.telemetry:
+        with trainer.open(resume=resume):
             for stage in trainer.stages:
                 trainer.enter(stage)
                 while trainer.step < stage.end:
@@ -93,18 +91,25 @@ class Trainer:
     """The state of a run and the verbs of the loop."""
 
     def __init__(self, config: Config, run_dir: Path):
+        check(config)
+        torch.set_num_threads(config.threads)
         self.config, self.run_dir = config, run_dir
         self.stages = stages(config.stream)
         self.tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl) for s in self.stages]
         size = config.rollout.problems
         self.orders = [DataOrder(t.train, size, seed=config.seed, name=t.name) for t in self.tasks]
+        for task in self.tasks:
+            held_out(task, config.eval.problems)
         self.model = load_model(config.model.path, dtype=config.model.dtype, device=config.model.device)
         self.base = load_model(config.model.path, dtype=config.model.dtype, device=config.model.device)
         self.base.lm.requires_grad_(False)
-        self.reflectors = [
-            make_reflector(config.fast, config.reflector, t, self._generate) if self.evolves_ever else None
-            for t in self.tasks
-        ]
+        answer = config.reflector.max_new_tokens
+        if self.evolves_ever and config.fast.reflector == "policy" and answer >= self.model.context:
+            raise UserError(
+                f"reflector.max_new_tokens = {answer} leaves no room for a question in the model's context of "
+                f"{self.model.context} tokens; use far less than that"
+            )
+        self.longest = [self.check_room(t, [Prompt(t.seed_prompt)]) for t in self.tasks]  # problem of each task
         self.policy = Policy(self.model, config.slow)
         self.learner = Learner(self.policy, self.base, config.slow)
         self.engine = TorchEngine(self.model, max_batch=config.rollout.max_batch)
@@ -122,16 +127,20 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ opening and saving
 
-    def open(self, *, resume: bool) -> None:
-        """Start the run directory, or go back to its last good checkpoint."""
+    def open(self, *, resume: bool) -> AbstractContextManager[object]:
+        """Start the run directory, or go back to its last good checkpoint; a run that was complete stays as it is."""
         config, run_dir = self.config, self.run_dir
+        if not resume and any(not p.name.startswith(".") for p in run_dir.iterdir()):
+            raise UserError(f"run_dir: {run_dir} is not empty; choose another, or continue it with --resume {run_dir}")
+        self.reflectors = [
+            make_reflector(config.fast, config.reflector, t, self._generate) if self.evolves_ever else None
+            for t in self.tasks
+        ]
         if not resume:
-            if any(p.name != ".lock" for p in run_dir.iterdir()):
-                raise UserError(
-                    f"run_dir: {run_dir} is not empty; choose another, or continue it with --resume {run_dir}"
-                )
             write_atomic(run_dir / "config.toml", to_toml(config).encode())
         state = self.restore() if resume else {}
+        if self.complete:
+            return nullcontext()
         offsets = state.get("offsets", {"metrics": 0, "population": 0, "rollouts": 0, "rollout_count": 0})
         self.telemetry = Telemetry(run_dir, config, self.stages[-1].end, offset=offsets["metrics"], step=self.step)
         self.lineage = Appender(run_dir / "population.jsonl", offset=offsets["population"])
@@ -139,8 +148,7 @@ class Trainer:
         self.serve(self.store)
         if resume:
             self.telemetry.log(f"resumed {run_dir} at step {self.step}")
-        for task in self.tasks:
-            self._check_room(task)
+        return self.telemetry
 
     def save(self) -> None:
         """Checkpoint: a run resumed from here does, bit for bit, what this one does next."""
@@ -251,7 +259,7 @@ class Trainer:
             proposals=proposals,
             seed=self.config.seed,
             cycle=self.cycle,
-            fits=lambda prompt: self.collector.room(self.task, prompt, self.longest) >= 0,
+            fits=self._fits,
         )
         if self.config.mode == "fst-distill":
             self.engine.load_weights(self.model, self.step)
@@ -370,18 +378,28 @@ class Trainer:
         finally:
             self.engine.load_weights(serving, self.step)
 
-    def _check_room(self, task: Task) -> None:
-        """The longest problems must fit the context under the seed prompt; the longest one also measures proposals."""
+    def check_room(self, task: Task, prompts: Sequence[Prompt]) -> Problem:
+        """UserError when something sampled on `task` would not fit the context; returns its longest problem."""
         problems = [*task.train, *task.validation]
-        longest = sorted(problems, key=lambda p: len(str(task.messages("", p))), reverse=True)[:32]
-        rooms = {p.id: self.collector.room(task, Prompt(task.seed_prompt), p) for p in longest}
-        self.longest = min(longest, key=lambda p: rooms[p.id])
-        if (room := rooms[self.longest.id]) < 0:
-            limit = self.config.rollout.max_new_tokens
-            raise UserError(
-                f"rollout.max_new_tokens = {limit}: problem {self.longest.id} under the seed prompt and an answer of "
-                f"that length exceed the model's context of {self.model.context} tokens by {-room}"
-            )
+        longest = sorted(problems, key=lambda p: len(str(task.messages("", p))))[-32:]
+        problem = min(longest, key=lambda p: self._room(task, prompts[0], p))
+        limit = self.config.rollout.max_new_tokens
+        for ask in [*(Ask(prompt, problem) for prompt in prompts), *retention_asks(task)]:
+            if (room := self._room(task, ask.prompt, ask.problem)) < 0:
+                do = f"use {limit + room} or less" if limit + room > 0 else "pose shorter problems"
+                raise UserError(
+                    f"rollout.max_new_tokens = {limit}: problem {ask.problem.id} under the prompt "
+                    f"{ask.prompt.text!r:.60} and an answer of that length exceed the model's context of "
+                    f"{self.model.context} tokens by {-room}; {do}, or a model with a longer context"
+                )
+        return problem
+
+    def _room(self, task: Task, prompt: Prompt, problem: Problem) -> int:
+        return self.model.room(task.messages(prompt.text, problem), self.config.rollout.max_new_tokens)
+
+    def _fits(self, prompt: Prompt) -> bool:
+        """Whether a proposed prompt can be used on every task of the stream: a switch may keep it."""
+        return all(self._room(t, prompt, longest) >= 0 for t, longest in zip(self.tasks, self.longest, strict=True))
 
     def _where(self) -> dict[str, Any]:
         return {"step": self.step, "stage": self.stage.index, "task": self.task.name}

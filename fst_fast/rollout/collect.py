@@ -84,11 +84,6 @@ class Collector:
         answers = {c.id: self.model.decode(c.response_ids) for c in self._drain(fitting)}
         return [answers.get(r.id, "") for r in requests]
 
-    def room(self, task: Task, prompt: Prompt, problem: Problem) -> int:
-        """Tokens of the context left over when `problem` is posed under `prompt` and answered at full length."""
-        used = len(self.model.encode_chat(task.messages(prompt.text, problem)))
-        return self.model.context - used - self.sampling.max_new_tokens
-
     def _drain(self, requests: list[Request]) -> list[Completion]:
         self.engine.submit(order(requests))
         done: dict[int, Completion] = {}

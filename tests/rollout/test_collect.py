@@ -94,7 +94,7 @@ def test_hostile_prompts_and_problems_are_only_text(model: Model, tmp_path: Path
     assert json.loads((tmp_path / "rollouts" / "rollouts.jsonl").read_text())["id"] == 0
 
 
-def test_room_is_what_the_context_leaves_after_a_full_answer(model: Model, tmp_path: Path) -> None:
-    task, door = GlyphTask("A", 0), collector(model, tmp_path)
-    used = len(model.encode_chat(task.messages(PROMPTS[0].text, task.train[0])))
-    assert door.room(task, PROMPTS[0], task.train[0]) == model.context - used - 20
+def test_room_is_what_the_context_leaves_after_a_full_answer(model: Model) -> None:
+    task = GlyphTask("A", 0)
+    messages = task.messages(PROMPTS[0].text, task.train[0])
+    assert model.room(messages, 20) == model.context - len(model.encode_chat(messages)) - 20
