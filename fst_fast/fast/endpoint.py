@@ -64,8 +64,8 @@ class EndpointReflector:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             if self.usage.calls == self.usage.failures:
                 raise UserError(
-                    f"reflector.base_url = {self._url!r}, reflector.model = {self._config.model!r}, key from "
-                    f"{self._config.api_key_env}: the endpoint refuses ({self._redacted(error)})"
+                    f"reflector: {self.label} refuses the key in {self._config.api_key_env} or the model, check "
+                    f"reflector.base_url, reflector.model and the key ({self._redacted(error)})"
                 ) from None
             return self._failed(error)
         except (openai.OpenAIError, TimeoutError, ValueError) as error:

@@ -6,11 +6,11 @@ rule: which topic a feedback sentence is about, and which wording answers it, it
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage
 
@@ -28,22 +28,20 @@ class PhrasebookReflector:
 
     def __init__(self, phrasebook: Mapping[str, Sequence[str]]):
         self.usage = ReflectionUsage()
-        self._topics = {topic: list(sentences) for topic, sentences in phrasebook.items()}
+        self._topics = {topic: list(sentences) for topic, sentences in phrasebook.items() if sentences}
         self._topic_of = {sentence: topic for topic, sentences in self._topics.items() for sentence in sentences}
         self._topic_words = {t: _words(" ".join([t, *sentences])) for t, sentences in self._topics.items()}
         self._spread = Counter(word for words in self._topic_words.values() for word in words)
 
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
-        self.usage = replace(self.usage, calls=self.usage.calls + len(requests))
+        self.usage += ReflectionUsage(calls=len(requests))
         return [self._edit(request, random.Random(request.seed)) for request in requests]
 
     def _edit(self, request: ReflectionRequest, rng: random.Random) -> Reflection:
         sentences, done = _sentences(request.prompt.text), []
-        for complaint in self._complaints(request):
+        for complaint, topic in self._complaints(request):
             if rng.random() > EDIT:
                 continue
-            topic = self.topic(complaint)
-            assert topic is not None
             wording = rng.choice(self._topics[topic] if rng.random() < SLIP else self.wordings(topic, complaint))
             sentences = [s for s in sentences if self._topic_of.get(s) != topic] + [wording]
             done.append(f'{topic}: "{wording}" because "{complaint}"')
@@ -54,20 +52,19 @@ class PhrasebookReflector:
             done.append("reordered")
         return Reflection(" ".join(sentences), "; ".join(done) or "no change")
 
-    def _complaints(self, request: ReflectionRequest) -> list[str]:
-        """The distinct feedback sentences that speak of a topic, most frequent first."""
+    def _complaints(self, request: ReflectionRequest) -> list[tuple[str, str]]:
+        """The distinct feedback sentences that speak of a topic, with that topic, most frequent first."""
         failures = [r.verdict.feedback for r in request.rollouts if r.reward < 1]
-        counted = Counter(s for feedback in failures for s in _sentences(feedback))
-        return [sentence for sentence, _ in counted.most_common() if self.topic(sentence)]
+        counted = Counter(sentence for feedback in failures for sentence in _sentences(feedback))
+        return [(sentence, topic) for sentence, _ in counted.most_common() if (topic := self.topic(sentence))]
 
     def topic(self, complaint: str) -> str | None:
         """The topic that shares the most words with `complaint`; words of many topics count less, its name's double."""
         words = _words(complaint)
 
         def shared(topic: str) -> float:
-            return sum(
-                (2 if word in _words(topic) else 1) / self._spread[word] for word in words & self._topic_words[topic]
-            )
+            name, found = _words(topic), words & self._topic_words[topic]
+            return math.fsum((2 if word in name else 1) / self._spread[word] for word in found)  # in any order
 
         best = max(self._topics, key=shared)
         return best if shared(best) > 0 else None

@@ -33,7 +33,7 @@ def instruction(request: ReflectionRequest, pose: Pose, *, max_prompt_chars: int
     return "\n\n".join(
         [
             "You improve the system prompt of a language model. Here is its current prompt.",
-            f"<prompt>\n{request.prompt.text}\n</prompt>",
+            f"<prompt>\n{printable(request.prompt.text)}\n</prompt>",
             "Here is how the model answered under this prompt, with the reward of each answer (1 is best) and the "
             "feedback of the verifier.",
             *(trace(i, r) for i, r in enumerate(request.rollouts, start=1)),
@@ -48,7 +48,7 @@ def instruction(request: ReflectionRequest, pose: Pose, *, max_prompt_chars: int
     )
 
 
-_BLOCK = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^[ \t]*+(`{3,}+|~{3,}+)[^\n`]*+\n(.*?)(?:^[ \t]*+\1[`~]*+[ \t]*+$|\Z)", re.DOTALL | re.MULTILINE)
 _THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 

@@ -1,0 +1,91 @@
+"""Which reflector a config makes, what is refused up front, and the base model as its own reflector."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from fst_fast.config import FastConfig, ReflectorConfig
+from fst_fast.errors import UserError
+from fst_fast.fast.reflection import ReflectionRequest, ReflectionUsage
+from fst_fast.fast.reflectors import make_reflector
+from fst_fast.records import Prompt, Verdict
+from fst_fast.tasks.glyph import GlyphTask
+from fst_fast.tasks.task import Message
+from tests.fast.toys import rollout
+
+TASK = GlyphTask("A", 0)
+
+
+class Bookless(GlyphTask):
+    @property
+    def phrasebook(self) -> Mapping[str, Sequence[str]]:
+        return {}
+
+
+def test_the_phrase_book_reflector_serves_a_task_that_has_one() -> None:
+    reflector = make_reflector(FastConfig(reflector="phrasebook"), ReflectorConfig(), TASK)
+    assert (reflector.name, reflector.label) == ("phrasebook", "rule-based, offline")
+
+
+def test_a_task_without_phrase_book_is_refused_naming_the_field_and_what_would_do() -> None:
+    with pytest.raises(UserError, match=r"fast\.reflector.*glyph:A.*policy.*openai"):
+        make_reflector(FastConfig(reflector="phrasebook"), ReflectorConfig(), Bookless("A", 0))
+
+
+@pytest.fixture
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "MY_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+OPENAI = FastConfig(reflector="openai")
+
+
+@pytest.mark.parametrize("key", [None, "", " \n"])
+def test_a_missing_key_is_refused_up_front(no_keys: pytest.MonkeyPatch, key: str | None) -> None:
+    if key is not None:
+        no_keys.setenv("MY_KEY", key)
+    with pytest.raises(UserError, match=r"reflector\.api_key_env = 'MY_KEY'.*reflector\.base_url"):
+        make_reflector(OPENAI, ReflectorConfig(api_key_env="MY_KEY"), TASK)
+
+
+def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(no_keys: pytest.MonkeyPatch) -> None:
+    no_keys.setenv("MY_KEY", "sécret")
+    with pytest.raises(UserError) as refusal:
+        make_reflector(OPENAI, ReflectorConfig(api_key_env="MY_KEY"), TASK)
+    assert "sécret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http:///v1"])
+def test_a_base_url_that_is_none_is_refused(no_keys: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(UserError, match=r"reflector\.base_url = "):
+        make_reflector(OPENAI, ReflectorConfig(base_url=url), TASK)
+
+
+def test_a_local_server_needs_no_key_and_its_label_shows_no_password(no_keys: pytest.MonkeyPatch) -> None:
+    config = ReflectorConfig(base_url="http://me:pass@localhost:1/v1", model="m")
+    assert make_reflector(OPENAI, config, TASK).label == "m at localhost"
+    no_keys.setenv("OPENAI_BASE_URL", "http://elsewhere/v1")
+    assert make_reflector(OPENAI, ReflectorConfig(model="m"), TASK).label == "m at elsewhere"
+
+
+def test_the_base_model_rewrites_its_own_prompt_in_one_batch() -> None:
+    asked: list[Sequence[list[Message]]] = []
+
+    def generate(chats: Sequence[list[Message]]) -> list[str]:
+        asked.append(chats)
+        return ["I fix it.\n```\nbetter\n```", "", "bare words"][: len(chats)]
+
+    reflector = make_reflector(FastConfig(reflector="policy"), ReflectorConfig(), TASK, generate)
+    prompt, problem = Prompt("seed"), TASK.train[0]
+    trace = rollout(prompt, problem, "a wrong answer", Verdict(0.0, "bad feedback"))
+    answers = reflector.reflect([ReflectionRequest(prompt, (trace,), seed) for seed in range(3)])
+    assert [answer.text for answer in answers] == ["better", None, "bare words"]
+    assert answers[0].note == "I fix it."
+    assert reflector.usage == ReflectionUsage(calls=3, failures=1)
+    ((message,), *_), *more = asked
+    assert not more
+    assert message["role"] == "user"
+    for part in ("seed", " ".join(problem.data["letters"]), "a wrong answer", "bad feedback"):
+        assert part in message["content"]
