@@ -390,7 +390,7 @@ def choose_rollouts(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
     """The best and worst few of each quarter of each stage, of training and GEPA alike."""
     buckets: dict[tuple[int, int], list[Record]] = {}
     for r in [r for r in texts.rollouts if r.get("purpose") != "eval"] or texts.rollouts:
-        stage = _stage_of(run, r)
+        stage = next((s for s, (_, end) in run.spans.items() if r.get("step", 0) < end), max(run.spans, default=0))
         first, last = run.spans.get(stage, (0, 0))
         quarter = min(max(4 * (r.get("step", 0) - first) // max(last - first, 1), 0), 3)
         buckets.setdefault((stage, quarter), []).append(r)
@@ -403,13 +403,6 @@ def choose_rollouts(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
         parts.append({"stage": stage + 1, "task": run.stages.get(stage, ""), "first": min(steps), "last": max(steps)})
         parts[-1] |= {"rollouts": chosen, "of": len(records)}
     return {"parts": parts, "whole": texts.whole, "read": len(texts.rollouts)}
-
-
-def _stage_of(run: Run, rollout: Record) -> int:
-    """By its problem's task where ids begin with it, among stages that had not ended; else by its step alone."""
-    step, problem = rollout.get("step", 0), str(rollout.get("problem_id"))
-    open_then = [stage for stage in run.stages if step < run.spans[stage][1]] or list(run.stages)[-1:] or [0]
-    return next((stage for stage in open_then if problem.startswith(f"{run.stages[stage]}/")), open_then[0])
 
 
 def spread(ranked: Sequence[Record], each: int) -> list[Record]:

@@ -48,7 +48,7 @@ class Telemetry:
         wandb = _import_wandb() if config.wandb else None  # before any file is touched
         run_dir = Path(run_dir)
         self.console = console or Console()
-        self._metrics = _open(run_dir / "metrics.jsonl", offset)
+        self._metrics = Appender(run_dir / "metrics.jsonl", offset=offset)
         self._display = _Display(self.console, total_steps, step) if config.progress else None
         self._total = total_steps
         self._tensorboard = None
@@ -105,17 +105,6 @@ class Telemetry:
         """Bytes of metrics.jsonl, safe on disk: what a checkpoint stores."""
         self._metrics.sync()
         return self._metrics.offset
-
-
-def _open(path: Path, offset: int) -> Appender:
-    tail = b""
-    if offset and path.is_file() and path.stat().st_size >= offset:
-        with path.open("rb") as file:
-            file.seek(offset - 1)
-            tail = file.read(1)
-    if offset and tail != b"\n":
-        raise UserError(f"{path} is not the file this checkpoint knew: no line of it ends at byte {offset}")
-    return Appender(path, offset=offset)
 
 
 class _Display:
