@@ -131,7 +131,7 @@ class _Display:
         if "task" in record:
             self._progress.update(self._bar, description=f"stage {record['stage'] + 1} {plain(record['task'], 30)}")
         self._progress.update(self._bar, completed=record["step"])
-        names = {"reward": "reward", "entropy": "entropy"} if record["kind"] == "step" else {}
+        names = {"reward": "training reward", "entropy": "entropy"} if record["kind"] == "step" else {}
         if record["kind"] == "eval":
             names = {"reward": "held-out reward", "kl": "KL"}
         self._numbers |= {label: f"{record[key]:.3f}" for key, label in names.items() if key in record}
