@@ -75,6 +75,14 @@ def config_from(argv: Sequence[str]) -> Config:
     return config
 
 
+def read_config(run_dir: Path) -> Config:
+    """The configuration a run was started with."""
+    path = run_dir / "config.toml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run directory: it has no config.toml")
+    return from_dict(read_toml(path), Config(), source=str(path))
+
+
 def read_toml(path: str | Path) -> dict[str, object]:
     try:
         with open(path, "rb") as file:

@@ -10,9 +10,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from fst_fast.cli import config_from, run
+from fst_fast.cli import config_from, read_config, run
 from fst_fast.config import Config, stages
 from fst_fast.errors import UserError
 from fst_fast.plots import group_runs, plot_comparison
@@ -83,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
 
 def plan(command: CompareCommand, flags: Sequence[str]) -> list[Job]:
     """One job per arm and seed; every command line is checked before any run starts."""
+    if command.jobs < 0:
+        raise UserError(f"jobs = {command.jobs}: must be 0 or more")
     jobs = []
     for seed in command.seeds.split(","):
         for arm in command.modes.split(","):
@@ -96,7 +99,32 @@ def plan(command: CompareCommand, flags: Sequence[str]) -> list[Job]:
             jobs.append(Job(label, argv, config_from(argv)))
     if len({job.dir for job in jobs}) < len(jobs):
         raise UserError(f"modes = {command.modes!r}, seeds = {command.seeds!r}: an arm or a seed is named twice")
+    for job in jobs:
+        check_same(job)
+    try:
+        command.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {command.out} cannot be written ({error.strerror}); choose another") from None
     return jobs
+
+
+def check_same(job: Job) -> None:
+    """A run that the job would continue must be the one its flags describe."""
+    if not (job.dir / "config.toml").is_file():
+        return
+    begun = read_config(job.dir)
+    config = replace(job.config, run_dir=begun.run_dir, threads=begun.threads)
+    for (name, old), new in zip(flat(asdict(begun)).items(), flat(asdict(config)).values(), strict=True):
+        if old != new:
+            raise UserError(f"{name} = {new!r}: {job.dir} was begun with {old!r}; choose another --out, or remove it")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested settings by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
 
 
 def work(jobs: Sequence[Job], parallel: int) -> None:
@@ -130,7 +158,6 @@ def start(job: Job) -> None:
     argv = job.argv
     if (job.dir / "config.toml").is_file():
         argv = ["--resume", str(job.dir)]
-    job.dir.parent.mkdir(parents=True, exist_ok=True)
     with open(job.dir.with_suffix(".log"), "ab") as log:
         job.process = subprocess.Popen(
             [sys.executable, "-m", "fst_fast.train", *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log

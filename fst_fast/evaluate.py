@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fst_fast.cli import run
+from fst_fast.cli import read_config, run
 from fst_fast.config import EvalConfig, check
 from fst_fast.errors import UserError
 from fst_fast.model import Model
@@ -145,7 +145,7 @@ class EvaluateCommand:
 
 
 def main(argv: Sequence[str]) -> None:
-    from fst_fast.train import Trainer, read_config  # the loop imports this file
+    from fst_fast.train import Trainer  # the loop imports this file
 
     command = tyro.cli(EvaluateCommand, args=list(argv), prog="python -m fst_fast.evaluate")
     config = read_config(command.run)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from fst_fast import checkpoint
-from fst_fast.cli import parse_train, read_toml, run
-from fst_fast.config import Config, Stage, check, from_dict, stages, to_toml
+from fst_fast.cli import parse_train, read_config, run
+from fst_fast.config import Config, Stage, check, stages, to_toml
 from fst_fast.data import DataOrder
 from fst_fast.errors import UserError
 from fst_fast.evaluate import evaluate, held_out, retention_asks
@@ -55,14 +55,6 @@ def main(argv: Sequence[str]) -> None:
         run_dir = Path(config.run_dir or f"runs/{config.mode}-{datetime.now():%Y%m%d-%H%M%S}")
         config = replace(config, run_dir=str(run_dir), threads=config.threads or os.cpu_count() or 1)
     train(config, run_dir, resume=bool(command.resume))
-
-
-def read_config(run_dir: Path) -> Config:
-    """The configuration a run was started with."""
-    path = run_dir / "config.toml"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run directory: it has no config.toml")
-    return from_dict(read_toml(path), Config(), source=str(path))
 
 
 def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
