@@ -73,9 +73,10 @@ class Model:
         """Token ids of the chat template, ready for the assistant's answer. Ids are the truth from here.
 
         Contents are data: lone surrogates are replaced, and special tokens written in them stay plain text (where
-        transformers is new enough to know how).
+        transformers is new enough to know how). An empty system prompt is none.
         """
         clean = [m | {"content": m["content"].encode("utf-8", "replace").decode()} for m in messages]
+        clean = [m for m in clean if m["role"] != "system" or m["content"]]
         kwargs = {"sanitize_control_tokens": True} if self._sanitizes else {}
         return tuple(
             self.tokenizer.apply_chat_template(clean, add_generation_prompt=True, return_dict=True, **kwargs)[
