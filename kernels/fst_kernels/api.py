@@ -245,7 +245,7 @@ def _weigh(
     token_weights: Tensor | None,
     denominator: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Which rows count, and token_weights / denominator there (0 elsewhere); both (N,)."""
+    """Which rows count, and token_weights / denominator, which means nothing where they do not; both (N,)."""
     _check_rows(n, mask=mask, token_weights=token_weights)
     live = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
     if denominator is None:
@@ -253,7 +253,7 @@ def _weigh(
     elif not isinstance(denominator, Tensor) and not denominator > 0:
         raise ValueError(f"denominator must be above 0, got {denominator}")
     weights = torch.ones(n, dtype=dtype, device=device) if token_weights is None else token_weights.detach().to(dtype)
-    return live, torch.where(live, weights, 0) / denominator
+    return live, weights / denominator
 
 
 def _check_rows(n: int, **vectors: Tensor | None) -> None:

@@ -79,7 +79,7 @@ class PolicyRows:
     behavior_logprobs: Tensor
     advantages: Tensor
     live: Tensor  # the mask
-    weights: Tensor  # token_weights / denominator, 0 where not live
+    weights: Tensor  # token_weights / denominator
     objective: Objective
     entropy_coef: float
     kl_coef: float

@@ -160,8 +160,7 @@ def _measure(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tu
 
 def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     p, q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
-    impossible = p == -torch.inf  # 0 · log(0 / q) = 0
-    return _expectation(p, p.masked_fill(impossible, 0) - q.masked_fill(impossible, 0))
+    return _expectation(p, p - q)
 
 
 def _expectation(logs: Tensor, values: Tensor) -> Tensor:

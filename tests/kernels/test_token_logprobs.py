@@ -154,6 +154,7 @@ def test_kl_of_equal_distributions_is_zero_and_q_is_a_constant(make_problem: Fix
     assert p.weight.grad is not None
     assert q_hidden.grad is None
     assert q_weight.grad is None
+    assert not linear_kl(p.hidden.detach(), p.weight.detach(), q_hidden, q_weight).requires_grad
 
 
 def test_kl_counts_nothing_for_items_impossible_in_both_and_is_infinite_where_only_q_forbids(
