@@ -36,6 +36,7 @@ class TrainCommand:
 
 def parse_train(argv: Sequence[str]) -> TrainCommand:
     """The command line of `fst_fast.train`. Preset, mode and file are read first: they set the flags' defaults."""
+    argv = ["--fast.reflector" if word == "--reflector" else word for word in argv]  # the short form
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--mode", "--config-file", "--model.path", "--resume"):
         early.add_argument(name, default="")

@@ -73,7 +73,8 @@ class FastConfig:
     newly_solved: Count = 2
     """A child that does not raise its minibatch's sum is accepted too if it newly solves this many problems."""
     reflector: Literal["openai", "policy", "phrasebook"] = "policy"
-    """Who rewrites prompts: an OpenAI-compatible endpoint, the frozen base model, or the offline rule-based editor."""
+    """Who rewrites prompts: an OpenAI-compatible endpoint, the frozen base model, or the offline rule-based editor
+    (also as plain --reflector)."""
     at_switch: Literal["keep", "reset"] = "keep"
     """What happens to the prompts when the stream switches task: carried on, or reset to the new task's seed prompt."""
     max_prompt_chars: Count = 8000

@@ -47,10 +47,11 @@ def evaluate(
     step: int,
     micro_tokens: int,
     key: tuple[str | int, ...],
+    others: Sequence[Prompt] = (),
 ) -> dict[str, Any]:
-    """Metrics of one evaluation (the fields of an "eval" line in metrics.jsonl)."""
+    """Metrics of one evaluation (the fields of an "eval" line in metrics.jsonl); `others` are evaluated beside."""
     seed_prompt = Prompt(task.seed_prompt)
-    prompts = list(dict.fromkeys([best, *population, seed_prompt]))
+    prompts = list(dict.fromkeys([best, *population, seed_prompt, *others]))
     problems = held_out(task, config.problems)
     asks = [Ask(p, x, s) for p in prompts for x in problems for s in range(config.samples)]
     rollouts = collector.collect(task, asks, purpose="eval", step=step, key=key)
@@ -163,7 +164,9 @@ def main(argv: Sequence[str]) -> None:
     trainer.check_room(task, [Prompt(task.seed_prompt), trainer.best, *trainer.population])
     with tempfile.TemporaryDirectory() as scratch:  # these rollouts are not the run's
         trainer.serve(RolloutStore(Path(scratch)))
-        metrics = trainer.held_out(task)
+        none = Prompt("")  # no system prompt at all: what the weights do alone
+        metrics = trainer.held_out(task, [none])
+        metrics["reward_none"] = metrics["reward_by_prompt"][none.id]
     table = Table(
         title=Text(
             f"{command.run} at step {trainer.step} on {task.name}, mean@{command.samples} of {metrics['problems']}"
@@ -177,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
             table.add_row(Text(name), Text(f"{value:.3f}"))
     for prompt, reward in metrics["reward_by_prompt"].items():
         mark = " (best)" if prompt == metrics["best_prompt"] else ""
-        table.add_row(Text(f"prompt{mark}: {plain(texts[prompt], 200)}"), Text(f"{reward:.3f}"))
+        table.add_row(Text(f"prompt{mark}: {plain(texts.get(prompt, ''), 200) or 'none'}"), Text(f"{reward:.3f}"))
     Console().print(table)
     print(json.dumps({"step": trainer.step, "task": task.name, **metrics}))
 

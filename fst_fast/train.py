@@ -312,7 +312,7 @@ class Trainer:
         record["time"] = {"seconds": time.monotonic() - started}
         self.telemetry.write(record, prompt=self.best.text)
 
-    def held_out(self, task: Task) -> dict[str, Any]:
+    def held_out(self, task: Task, others: Sequence[Prompt] = ()) -> dict[str, Any]:
         """Metrics of the present weights and prompts on `task`; fst-distill deploys the weights alone."""
         seed = Prompt(task.seed_prompt)
         alone = self.config.mode == "fst-distill"
@@ -327,6 +327,7 @@ class Trainer:
             step=self.step,
             micro_tokens=self.config.slow.micro_tokens,
             key=(self.step, task.name, self.cycle),
+            others=others,
         )
 
     def finish_stage(self) -> None:
