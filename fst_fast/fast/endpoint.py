@@ -131,4 +131,4 @@ def _key(config: ReflectorConfig) -> str:
         )
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"reflector.api_key_env = {config.api_key_env!r}: the key must be printable ASCII")
-    return key or "none"
+    return key or "no-key-needed"
