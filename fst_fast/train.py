@@ -224,9 +224,11 @@ class Trainer:
         config, started = self.config.fast, time.monotonic()
         if proposals is None:
             proposals = config.first_proposals if self.step == self.stage.start else config.proposals
-            if self.config.mode == "gepa":  # the steps' rollouts too: a proposal costs two minibatches at least
-                rollout = self.config.rollout
-                proposals += config.every * rollout.problems * rollout.group_size // (2 * config.minibatch)
+            if self.config.mode == "gepa":
+                # the rollouts that the steps would take, at what a proposal costs: two minibatches, and a scoring
+                # for the third of them that is accepted (measured on glyph)
+                steps = config.every * self.config.rollout.problems * self.config.rollout.group_size
+                proposals += steps // (2 * config.minibatch + config.scoring_problems // 3)
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
             self.engine.load_weights(self.base, self.step)
         ahead = self.order.lookahead(self.step - self.stage.start, config.every)
