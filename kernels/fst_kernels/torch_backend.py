@@ -39,9 +39,9 @@ class _Multiplier:
         if self.source.bias is not None:
             z += self.source.bias
         if self.source.softcap is not None:
-            z.div_(self.source.softcap).tanh_()
-            slope = z.square().neg_().add_(1)
-            z.mul_(self.source.softcap)
+            z.div_(self.source.softcap)
+            slope = z.cosh().square_().reciprocal_()  # 1 − tanh² would lose its digits where the cap saturates
+            z.tanh_().mul_(self.source.softcap)
         return z.div_(self.temperature(rows)), slope
 
 

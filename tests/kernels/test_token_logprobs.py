@@ -136,7 +136,7 @@ def test_exact_kl_matches_the_reference_in_both_directions(
     ours, truth = linear_kl(*args, chunk_rows=chunk_rows, **kw), reference.linear_kl(*args, **kw)
     assert_close(ours, truth, absolute=1e-5, relative=1e-6)
     upstream, inputs = p.token_weights, (p.hidden, p.weight, p.bias)
-    rounding = 1e-6 * max(1.0, truth.max().item() * p.weight.abs().max().item())  # of p (log p − log q − KL) · weight
+    rounding = 3e-6 * max(1.0, truth.max().item() * p.weight.abs().max().item())  # of p (log p − log q − KL) · weight
     for a, b in zip(
         torch.autograd.grad((upstream * ours).sum(), inputs),
         torch.autograd.grad((upstream * truth).sum(), inputs),
