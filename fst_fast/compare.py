@@ -196,7 +196,7 @@ def print_comparison(run_dirs: Sequence[Path]) -> None:
     runs = [read_run(run_dir) for run_dir in run_dirs]
     groups = group_runs(runs)
     for part in comparison(groups):
-        table = Table(title=Text(f"stage {part['stage']}, {part['task']}" if part["stage"] else "whole run"))
+        table = Table(title=Text(part["title"]))
         table.add_column("")
         for group in groups:
             table.add_column(Text(group.label), justify="right")
