@@ -197,7 +197,7 @@ def print_comparison(run_dirs: Sequence[Path]) -> None:
     groups = group_runs(runs)
     for part in comparison(groups):
         table = Table(title=Text(part["title"]))
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for group in groups:
             table.add_column(Text(group.label), justify="right")
         for row in part["rows"]:

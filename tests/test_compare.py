@@ -20,7 +20,7 @@ def test_arms_run_side_by_side_end_in_tables_and_are_not_run_again(
     argv = ["--modes", "rl,fst,fst --fast.population 1", "--out", str(tmp_path), *SMALL]
     main(argv)
     shown = capsys.readouterr().out
-    for words in ("Stage 1 glyph:A", "reward, best single prompt", "steps to reward 0.9", "fast.population = 1"):
+    for words in ("Stage 1 glyph:A", "reward, best single prompt", "steps to reward 0.9", "Settings that differ"):
         assert words in shown
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "fast.population = 1" in (tmp_path / "report.html").read_text()

@@ -236,8 +236,7 @@ class _Cycle:
     def _task(self, state: GEPAState, minibatch: list[Problem]) -> ProposalTask:
         """A parent from the Pareto front on the minibatch's slices: a slice nobody solves yet starts from anyone."""
         slices = {p.slice for p in minibatch}
-        scored = self.scoring.fetch(self.scoring.all_ids())
-        relevant = [p.id for p in scored if p.slice in slices] or [p.id for p in scored]
+        relevant = [p.id for p in self.scoring.fetch(self.scoring.all_ids()) if p.slice in slices]
         weights = breeding_weights([{i: scores[i] for i in relevant} for scores in state.prog_candidate_val_subscores])
         (i,) = self.parents.choices(range(len(weights)), weights)
         return ProposalTask(i, state.program_candidates[i], [p.id for p in minibatch], minibatch)

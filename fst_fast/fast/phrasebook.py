@@ -6,7 +6,6 @@ rule: which topic a feedback sentence is about, and which wording answers it, it
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections import Counter
@@ -30,8 +29,7 @@ class PhrasebookReflector:
         self.usage = ReflectionUsage()
         self._topics = {topic: list(sentences) for topic, sentences in phrasebook.items() if sentences}
         self._topic_of = {sentence: topic for topic, sentences in self._topics.items() for sentence in sentences}
-        self._topic_words = {t: _words(" ".join([t, *sentences])) for t, sentences in self._topics.items()}
-        self._spread = Counter(word for words in self._topic_words.values() for word in words)
+        self._words_of = {topic: _words(" ".join([topic, *sentences])) for topic, sentences in self._topics.items()}
 
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
         self.usage += ReflectionUsage(calls=len(requests))
@@ -59,15 +57,11 @@ class PhrasebookReflector:
         return [(sentence, topic) for sentence, _ in counted.most_common() if (topic := self.topic(sentence))]
 
     def topic(self, complaint: str) -> str | None:
-        """The topic that shares the most words with `complaint`; words of many topics count less, its name's double."""
+        """The topic whose name and sentences share the most words with `complaint`."""
         words = _words(complaint)
-
-        def shared(topic: str) -> float:
-            name, found = _words(topic), words & self._topic_words[topic]
-            return math.fsum((2 if word in name else 1) / self._spread[word] for word in found)  # in any order
-
-        best = max(self._topics, key=shared)
-        return best if shared(best) > 0 else None
+        shared = {topic: len(words & known) for topic, known in self._words_of.items()}
+        best = max(shared, key=shared.__getitem__)
+        return best if shared[best] else None
 
     def wordings(self, topic: str, complaint: str) -> list[str]:
         """The sentences of `topic` that share the most words with `complaint`."""

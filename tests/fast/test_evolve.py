@@ -213,7 +213,7 @@ def test_parents_are_drawn_from_the_pareto_front_as_often_as_they_are_best() -> 
 )
 def test_a_refused_proposal_costs_no_rollout_and_is_written_down(text: str | None, status: str) -> None:
     evolution, evaluations = cycle(
-        ["seed", "other prompt"],
+        ["seed", "other\n prompt"],
         SCORING,
         TRAINING,
         Scripted(lambda _: text),
@@ -263,11 +263,26 @@ def test_the_lineage_tells_what_the_reflector_read_and_said() -> None:
     assert candidate.parent == Prompt("seed").id
     assert candidate.note == "as the script says"
     assert len(candidate.feedback) == 3
-    assert {f.split()[0] for f in candidate.feedback} == {"red", "green", "blue"}  # distinct ones
+    assert {f.split()[0] for f in candidate.feedback} <= {"red", "green", "blue"}
     assert all(len(f) < 560 and "characters left out" in f for f in candidate.feedback)
 
     evolution, _ = cycle(["seed"], SCORING, TRAINING, Scripted(lambda _: "y" * 10**6), max_prompt_chars=100)
     assert len(evolution.candidates[0].text) < 160
+
+
+def test_the_lineage_shows_distinct_feedback_of_failures() -> None:
+    reflector = Scripted(counting)
+    problems = words("red", "pink", "pink", "pink")
+    evolution, _ = cycle(["red"], SCORING, problems, reflector, proposals=1, minibatch=4)
+    assert evolution.candidates[0].feedback == ("should say pink",)
+
+
+def test_reflection_is_accounted_for_by_cycle() -> None:
+    reflector = Scripted(counting)
+    for _ in range(2):
+        evolution, _ = cycle(["seed"], SCORING, TRAINING, reflector, proposals=3)
+        assert evolution.reflection == ReflectionUsage(calls=3)
+    assert reflector.usage == ReflectionUsage(calls=6)
 
 
 # ------------------------------------------------------------------------------------------------------ slices
@@ -369,8 +384,10 @@ def test_an_error_while_the_pool_is_registered_propagates(monkeypatch: pytest.Mo
         raise Broken
 
     monkeypatch.setattr(GEPAState, "update_state_with_new_program", fail)
+    reflector = Scripted(unchanged)
     with pytest.raises(Broken):
-        cycle(["a", "b"], SCORING, TRAINING, Scripted(unchanged))
+        cycle(["a", "b"], SCORING, TRAINING, reflector)
+    assert reflector.batches == []  # at once
 
 
 def test_a_gepa_that_loses_the_pool_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,11 @@ from tests.fast.toys import rollout
 REFLECTOR = PhrasebookReflector(GlyphTask("A", 0).phrasebook)
 COMPLAINTS = [(aspect, value, text) for aspect, values in FEEDBACK.items() for value, text in values.items()]
 KITCHEN = PhrasebookReflector(
-    {"salt": ["Use no salt.", "Use a pinch of salt."], "heat": ["Fry hot!", "Simmer on low heat."], "": []}
+    {
+        "salt": ["Use no salt.", "Use a pinch of salt."],
+        "heat": ["Fry hot!", "Simmer on low heat."],
+        "a pinch of salt missing": [],
+    }
 )
 
 

@@ -8,7 +8,7 @@ from fst_fast.config import FastConfig, ReflectorConfig
 from fst_fast.errors import UserError
 from fst_fast.fast.reflection import ReflectionRequest, ReflectionUsage
 from fst_fast.fast.reflectors import make_reflector
-from fst_fast.records import Prompt, Verdict
+from fst_fast.records import Problem, Prompt, Verdict
 from fst_fast.tasks.glyph import GlyphTask
 from fst_fast.tasks.task import Message
 from tests.fast.toys import rollout
@@ -77,8 +77,13 @@ def test_the_base_model_rewrites_its_own_prompt_in_one_batch() -> None:
         asked.append(chats)
         return ["I fix it.\n```\nbetter\n```", "", "bare words"][: len(chats)]
 
-    reflector = make_reflector(FastConfig(reflector="policy"), ReflectorConfig(), TASK, generate)
-    prompt, problem = Prompt("seed"), TASK.train[0]
+    class Framed(GlyphTask):
+        def messages(self, prompt: str, problem: Problem) -> list[Message]:
+            return [{"role": "system", "content": f"frame {prompt}"}, *super().messages(prompt, problem)[1:]]
+
+    task = Framed("A", 0)
+    reflector = make_reflector(FastConfig(reflector="policy"), ReflectorConfig(), task, generate)
+    prompt, problem = Prompt("seed"), task.train[0]
     trace = rollout(prompt, problem, "a wrong answer", Verdict(0.0, "bad feedback"))
     answers = reflector.reflect([ReflectionRequest(prompt, (trace,), seed) for seed in range(3)])
     assert [answer.text for answer in answers] == ["better", None, "bare words"]
@@ -89,3 +94,4 @@ def test_the_base_model_rewrites_its_own_prompt_in_one_batch() -> None:
     assert message["role"] == "user"
     for part in ("seed", " ".join(problem.data["letters"]), "a wrong answer", "bad feedback"):
         assert part in message["content"]
+    assert "frame" not in message["content"]  # the problem, not what the task wraps around prompts
