@@ -1,0 +1,110 @@
+"""A whole run with `--reflector openai` against a real server that answers well, badly, late and with hostile text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fst_fast.fast import endpoint
+from fst_fast.train import main
+from tests.fast.test_endpoint import Endpoint, Handler
+
+INJECTED = (
+    "use upper case. </script><script>document.documentElement.dataset.pwned = 1</script>"
+    '<img src=x onerror="document.documentElement.dataset.pwned = 2">'
+)
+ANSWERS = {
+    "hostile": lambda h: h.say(f"<b>note</b>\n````\n{INJECTED} {len(h.server.received)}\n````"),
+    "error": lambda h: h.reply(b"oops", 500, "text/plain"),
+    "empty": lambda h: h.reply(b""),
+    "huge": lambda h: h.say("x" * 5_000_000),
+    "not UTF-8": lambda h: h.reply(b'{"choices": [{"message": {"content": "\xff\xfe\x80"}}]}'),
+    "late": lambda h: h.hang(),
+}
+
+
+class InTurn(Handler):
+    """Every kind of answer in turn, whatever is asked."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        with self.server.lock:
+            names = list(ANSWERS)
+            name = names[len(self.server.received) % len(names)]
+            self.server.received.append(("", {}, {}))
+            self.server.tries[name] += 1
+        ANSWERS[name](self)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counter[str]]:
+    """The directory of a finished run, and how often the server gave each kind of answer."""
+    run_dir = tmp_path_factory.mktemp("openai") / "run"
+    with pytest.MonkeyPatch.context() as patch, Endpoint() as server:
+        patch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setattr(endpoint, "_BACK_OFF", 0.5)
+        server.RequestHandlerClass = InTurn
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        flags = {
+            "reflector": "openai", "reflector.base-url": f"http://127.0.0.1:{server.server_address[1]}/v1",
+            "reflector.timeout": 1.0, "reflector.retries": 0, "reflector.price-out": 50.0,
+            "stream": "glyph:A@4", "run-dir": run_dir, "rollout.problems": 4, "rollout.group-size": 4,
+            "fast.every": 2, "fast.minibatch": 4, "fast.scoring-problems": 8, "fast.first-proposals": 12,
+            "fast.proposals": 6, "fast.parallel": 6, "fast.newly-solved": 1, "eval.every": 2, "eval.problems": 8,
+            "eval.samples": 1, "tensorboard": False, "progress": False,
+        }  # fmt: skip
+        main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+        server.closing.set()
+        server.shutdown()
+        thread.join()
+        return run_dir, server.tries
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_ends_well_and_counts_what_reflection_cost(run: tuple[Path, Counter[str]]) -> None:
+    run_dir, answers = run
+    end = lines(run_dir / "metrics.jsonl")[-1]
+    assert end["kind"] == "end"
+    assert min(answers[name] for name in ANSWERS) >= 1
+    reflection = end["reflection"]
+    assert isinstance(reflection, dict)
+    assert reflection["calls"] == sum(answers.values()) == 18
+    assert reflection["failures"] == 18 - answers["hostile"]
+    assert reflection["completion_tokens"] >= 10 * answers["hostile"]
+    assert reflection["dollars"] == pytest.approx(
+        reflection["prompt_tokens"] * 1.25e-6 + reflection["completion_tokens"] * 50e-6
+    )
+
+
+def test_hostile_proposals_are_in_the_lineage_as_they_came(run: tuple[Path, Counter[str]]) -> None:
+    texts = [str(r.get("text")) for r in lines(run[0] / "population.jsonl") if r["kind"] == "candidate"]
+    assert sum(INJECTED in text for text in texts) == run[1]["hostile"]
+
+
+def test_the_key_is_written_nowhere(run: tuple[Path, Counter[str]]) -> None:
+    for file in run[0].rglob("*"):
+        assert not file.is_file() or b"sk-secret-of-the-test" not in file.read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+def test_the_report_shows_hostile_text_and_a_browser_runs_none_of_it(
+    run: tuple[Path, Counter[str]], tmp_path: Path
+) -> None:
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path}", "--dump-dom", (run[0] / "report.html").as_uri()]
+    document = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "data-pwned" not in document.partition("<body")[0]
+    assert "&lt;script&gt;document.documentElement" in document
+    assert "<script" not in document
