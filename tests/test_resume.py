@@ -1,0 +1,279 @@
+"""A run killed at any point and resumed ends bit for bit as one that never was: weights, optimizer, every record."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fst_fast import checkpoint
+from fst_fast.train import Trainer, main
+from tests.models import save_tiny
+from tests.warm import Kill, Warm
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "stream": "glyph:A@3,glyph:B@2", "threads": 1, "progress": False, "tensorboard": False,
+    "rollout.problems": 4, "rollout.group-size": 4, "slow.minibatches": 2, "slow.warmup": 3,
+    "fast.population": 2, "fast.every": 2, "fast.minibatch": 2, "fast.scoring-problems": 4,
+    "fast.first-proposals": 4, "fast.proposals": 2, "eval.every": 2, "eval.problems": 2, "eval.samples": 1,
+    "checkpoint-every": 2,
+}  # fmt: skip
+# Problems that noise solves now and then, posed to a random model, which rewrites its own prompts. The path is relative
+# to the repository: random streams are named after tasks, and a task of problems after its file.
+DATA = "jsonl:tests/data/noise.jsonl"
+NOISE = SMALL | {
+    "stream": f"{DATA}@4", "jsonl.verifier": "regex", "rollout.max-new-tokens": 8, "slow.lr": 1e-3,
+    "model.path": "{random model}", "reflector.max-new-tokens": 16,
+}  # fmt: skip
+RUNS: dict[str, dict[str, object]] = {
+    "fst": SMALL | {"mode": "fst"},
+    "rl": SMALL | {"mode": "rl", "stream": f"{DATA}@3,glyph:B@2", "jsonl.verifier": "regex"},
+    "gepa": SMALL | {"mode": "gepa"},
+    "rl-then-gepa": NOISE | {"mode": "rl-then-gepa"},
+    "fst-distill": SMALL | {"mode": "fst-distill"},
+    "policy reflector": NOISE | {"mode": "fst"},
+}
+
+# Where each run is killed, one place after the other; calls are counted from each (re)start.
+KILLS = {
+    "fst": [
+        Kill("fst_fast.train:write_atomic"),  # nothing written: starts anew
+        Kill("fst_fast.train:write_atomic", when="after"),
+        Kill("fst_fast.checkpoint:write_atomic"),  # the first checkpoint is there but for its manifest
+        Kill("fst_fast.evaluate:mean_kl"),
+        Kill("fst_fast.rollout.collect:Collector._drain", call=5),  # within the first GEPA cycle
+        Kill("fst_fast.train:evolve", when="after"),
+        Kill("fst_fast.files:Appender.write", call=4, when="half"),
+        Kill("fst_fast.rollout.torch_engine:TorchEngine.step", call=130),
+        Kill("fst_fast.slow.policy:Policy.update", call=2, when="after"),
+        Kill("fst_fast.checkpoint:save_model", when="after"),
+        Kill("os:rename"),
+        Kill("os:rename", when="after"),
+        Kill("fst_fast.train:Trainer.finish_stage"),
+        Kill("fst_fast.train:Trainer.enter", call=2, when="after"),  # the switch of tasks
+        Kill("fst_fast.train:Trainer.learn", call=2),
+        Kill("fst_fast.checkpoint:load_weights", when="after"),  # a kill while resuming
+        Kill("fst_fast.train:Trainer.finish"),
+        Kill("fst_fast.train:Trainer.finish", when="after"),
+        Kill("fst_fast.train:write_report"),
+        Kill("os:replace"),  # of the report
+        Kill("fst_fast.train:print_summary"),
+    ],
+    "rl": [
+        Kill("fst_fast.slow.policy:Policy.update", call=4),
+        Kill("fst_fast.rollout.reuse:RolloutStore.add", call=2, when="after"),
+    ],
+    "gepa": [
+        Kill("fst_fast.train:Trainer._record_evolution"),
+        Kill("fst_fast.train:Trainer.learn", call=2, when="after"),
+    ],
+    "rl-then-gepa": [
+        Kill("fst_fast.train:Trainer.learn", call=4, when="after"),
+        Kill("fst_fast.train:evolve", when="after"),  # after the last step
+    ],
+    "fst-distill": [
+        Kill("fst_fast.slow.learner:Learner.distill", call=2, when="after"),
+        Kill("fst_fast.train:evolve", when="after"),
+    ],
+    "policy reflector": [
+        Kill("fst_fast.rollout.collect:Collector.complete", when="after"),
+        Kill("fst_fast.train:Trainer._generate", call=2, when="after"),
+    ],
+}
+
+Flags = Callable[[str, Path], list[str]]
+Whole = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    server = Warm(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    """The command line of one of RUNS in a run directory."""
+    random_model = str(save_tiny("qwen3", tmp_path_factory.mktemp("random")))
+
+    def of(run: str, run_dir: Path) -> list[str]:
+        values = {name: str(value).replace("{random model}", random_model) for name, value in RUNS[run].items()}
+        return [word for name, value in values.items() for word in (f"--{name}", value)] + ["--run-dir", str(run_dir)]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, flags: Flags) -> Whole:
+    """The uninterrupted run, made in this process: another one than the killed runs', hash seed included."""
+    made: dict[str, Path] = {}
+
+    def of(run: str) -> Path:
+        if run not in made:
+            made[run] = tmp_path_factory.mktemp("whole") / run
+            main(flags(run, made[run]))
+        return made[run]
+
+    return of
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_killed_at_any_point_ends_as_if_nothing_had_happened(
+    run: str, warm: Warm, flags: Flags, whole: Whole, tmp_path: Path
+) -> None:
+    for kill in KILLS[run]:
+        ended = warm.run(*start_or_resume(tmp_path / "run", flags(run, tmp_path / "run")), kill=kill)
+        assert ended.code == -9, (kill, ended)
+    assert warm.run("--resume", tmp_path / "run") == (0, "")
+    assert_equal(tmp_path / "run", whole(run))
+
+
+def test_so_does_one_killed_at_random_times(warm: Warm, flags: Flags, whole: Whole, tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # shown on failure
+    rng = random.Random(seed)
+    argv = flags("fst", tmp_path / "run")
+    for _ in range(6):
+        ended = warm.run(*start_or_resume(tmp_path / "run", argv), kill=rng.uniform(0.05, 1.5))
+        assert ended.code in (-9, 0), ended
+    assert warm.run(*start_or_resume(tmp_path / "run", argv)) == (0, "")
+    assert_equal(tmp_path / "run", whole("fst"))
+
+
+def test_the_runs_that_are_killed_here_learn_in_each_of_their_channels(whole: Whole) -> None:
+    """Or their being equal would mean little."""
+    for run, settings in RUNS.items():
+        kinds = {kind: [r for r in records(whole(run)) if r["kind"] == kind] for kind in ("step", "evolve")}
+        assert any("grad_norm" in r for r in kinds["step"]) == (settings["mode"] != "gepa"), run
+        assert any(r["accepted"] for r in kinds["evolve"]) == (settings["mode"] != "rl"), run
+
+
+def test_a_finished_run_resumed_stays_as_it_is(warm: Warm, whole: Whole) -> None:
+    before = tree(whole("fst"))
+    assert warm.run("--resume", whole("fst")) == (0, "")
+    assert tree(whole("fst")) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage: str, whole: Whole, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole("rl"), tmp_path / "run"))
+    newest, before = checkpoint.folders(run)
+    spoil(newest, damage)
+    assert checkpoint.latest(run) == before
+    main(["--resume", str(run)])
+    assert_equal(run, whole("rl"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(warm: Warm, whole: Whole, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole("rl"), tmp_path / "run"))
+    for folder in checkpoint.folders(run):
+        spoil(folder, "cut")
+    before = tree(run)
+    said = f"error: run_dir: no checkpoint of {run} is intact any more; start again in another run_dir\n"
+    assert warm.run("--resume", run) == (2, said)
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "population.jsonl", "rollouts/rollouts.jsonl"])
+def test_a_run_that_lost_records_its_checkpoint_knew_is_not_continued(
+    name: str, warm: Warm, whole: Whole, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole("fst"), tmp_path / "run"))
+    shutil.rmtree(checkpoint.folders(run)[0])
+    (run / name).write_bytes((run / name).read_bytes()[:100])
+    ended = warm.run("--resume", run)
+    assert ended.code == 2
+    assert str(run / name) in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert (run / name).stat().st_size == 100
+
+
+def test_a_second_process_on_a_run_is_turned_away_and_the_first_goes_on(
+    warm: Warm, flags: Flags, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    learn, others = Trainer.learn, []
+
+    def learn_while_others_try(trainer: Trainer) -> None:
+        if trainer.step == 1:
+            others.append(warm.run(*flags("rl", run_dir)))
+            others.append(warm.run("--resume", run_dir))
+        learn(trainer)
+
+    monkeypatch.setattr(Trainer, "learn", learn_while_others_try)
+    main(flags("rl", run_dir))
+    said = f"error: run_dir: {run_dir} is in use by another process; wait for it or choose another\n"
+    assert others == [(2, said), (2, said)]
+    assert_equal(run_dir, whole("rl"))
+
+
+def start_or_resume(run_dir: Path, argv: list[str]) -> list[str]:
+    return ["--resume", str(run_dir)] if (run_dir / "config.toml").exists() else argv
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    assert records(run) == records(other)
+    for name in ("population.jsonl", "rollouts/rollouts.jsonl"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    # killed right after a rename, a run may keep one checkpoint more than it was told to
+    for a, b in zip(checkpoint.folders(run)[:2], checkpoint.folders(other), strict=True):
+        assert a.name == b.name
+        assert tree(a / "model") == tree(b / "model")
+        assert same(torch.load(a / "optimizer.pt"), torch.load(b / "optimizer.pt"))
+        assert state(a) == state(b)
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
+
+
+def state(folder: Path) -> dict[str, Any]:
+    saved = checkpoint.read_state(folder)
+    del saved["offsets"]["metrics"]  # seconds have more or fewer digits
+    return saved
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def same(a: object, b: object) -> bool:
+    """Equality of what torch.load returns, tensors by their bits."""
+    match a, b:
+        case torch.Tensor(), torch.Tensor():
+            return a.dtype == b.dtype and torch.equal(a, b)
+        case dict(), dict():
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        case list(), list():
+            return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def spoil(folder: Path, damage: str) -> None:
+    weights = folder / "model" / "model.safetensors"
+    match damage:
+        case "cut":
+            weights.write_bytes(weights.read_bytes()[:-1])
+        case "flipped":
+            data = bytearray(weights.read_bytes())
+            data[len(data) // 2] ^= 1
+            weights.write_bytes(data)
+        case "gone":
+            (folder / "optimizer.pt").unlink()
+        case "no manifest":
+            (folder / "manifest.json").unlink()

@@ -1,0 +1,127 @@
+"""Real processes at the price of a fork: `Warm` keeps one child with all imported, which forks a run per request.
+
+A run can be killed with SIGKILL at the n-th call of any function, before it, after it or half-way through a write, or
+after some seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import reduce
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+
+class Kill(NamedTuple):
+    """SIGKILL at the `call`-th call of `at` ("module:name"), in the process that makes it."""
+
+    at: str
+    call: int = 1
+    when: Literal["before", "half", "after"] = "before"
+
+
+class Ended(NamedTuple):
+    code: int  # exit code, or minus the signal
+    stderr: str
+
+
+class Warm:
+    """`run` is `python -m fst_fast.train ARGUMENTS`, in a process of its own."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+
+    def run(self, *argv: object, kill: Kill | float | None = None) -> Ended:
+        """The ended run; `kill` is a place or a number of seconds."""
+        log = self._folder / "stderr"
+        assert self._server.stdin
+        assert self._server.stdout
+        self._server.stdin.write(json.dumps({"argv": list(map(str, argv)), "kill": kill, "log": str(log)}) + "\n")
+        self._server.stdin.flush()
+        code = int(self._server.stdout.readline())
+        return Ended(code, log.read_text())
+
+    def close(self) -> None:
+        self._server.communicate()  # an empty stdin ends it
+
+
+def serve() -> None:
+    import matplotlib.backends.backend_svg  # noqa: F401 (what the forks find imported)
+
+    import fst_fast.train  # noqa: F401
+    from fst_fast.model import load_model
+
+    load_model("")  # imports the model's code
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if not child:
+            _run(request["argv"], request["kill"], request["log"])
+        if isinstance(request["kill"], float):
+            time.sleep(request["kill"])
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _run(argv: Sequence[str], kill: Sequence[Any] | float | None, log: str) -> NoReturn:
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 1)
+    from fst_fast.cli import run
+    from fst_fast.train import main
+
+    code = 0
+    try:
+        if isinstance(kill, list):
+            arm(Kill(*kill))
+        sys.argv[1:] = argv
+        run(main)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def arm(kill: Kill) -> None:
+    """From now on the chosen call is this process's last."""
+    module, _, path = kill.at.partition(":")
+    *owners, name = path.split(".")
+    owner = reduce(getattr, owners, import_module(module))
+    real = getattr(owner, name)
+    calls = 0
+
+    def fatal(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != kill.call:
+            return real(*args, **kwargs)
+        if kill.when == "half":
+            *first, text = args
+            real(*first, text[: len(text) // 2])
+        elif kill.when == "after":
+            real(*args, **kwargs)
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, fatal)
+
+
+if __name__ == "__main__":
+    serve()
