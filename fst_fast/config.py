@@ -67,7 +67,7 @@ class FastConfig:
     minibatch: Count = 3
     """Problems a proposal is reflected and accepted on."""
     scoring_problems: Count = 192
-    """Problems of the next T batches on which prompts are scored (at most T x P: the lookahead)."""
+    """Problems of the next T batches on which prompts are scored (the lookahead), or all of them if fewer."""
     pool: Count = 10
     """Prompts carried from cycle to cycle, chosen by greedy coverage; the first K of them are the population."""
     newly_solved: Count = 2
@@ -143,7 +143,7 @@ class EvalConfig:
     every: Count = 10
     """Steps between evaluations; also before the first and after the last step of each stage."""
     problems: Count = 64
-    """Held-out problems."""
+    """Held-out problems, or all there are if fewer."""
     samples: Few = 4
     """k of mean@k, at the training temperature."""
     levels: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5, 0.9)
@@ -241,11 +241,6 @@ def check(config: Config) -> None:
         raise UserError(
             f"slow.minibatches = {config.slow.minibatches}: a minibatch is whole groups, and there are only "
             f"rollout.problems = {config.rollout.problems}"
-        )
-    if config.fast.scoring_problems > (ahead := config.fast.every * config.rollout.problems):
-        raise UserError(
-            f"fast.scoring_problems = {config.fast.scoring_problems}: the next fast.every x rollout.problems = "
-            f"{config.fast.every} x {config.rollout.problems} batches hold {ahead}; use at most that"
         )
     if config.wandb and not find_spec("wandb"):
         raise UserError("wandb = True: it is not installed; pip install 'fst-fast[wandb]', or leave it out")

@@ -22,7 +22,7 @@ from fst_fast.cli import read_config, run
 from fst_fast.config import EvalConfig, check
 from fst_fast.errors import UserError
 from fst_fast.model import Model
-from fst_fast.records import Problem, Prompt, Rollout
+from fst_fast.records import Prompt, Rollout
 from fst_fast.rollout.collect import Ask, Collector
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.slow.learner import token_kl
@@ -52,7 +52,7 @@ def evaluate(
     """Metrics of one evaluation (the fields of an "eval" line in metrics.jsonl); `others` are evaluated beside."""
     seed_prompt = Prompt(task.seed_prompt)
     prompts = list(dict.fromkeys([best, *population, seed_prompt, *others]))
-    problems = held_out(task, config.problems)
+    problems = task.validation[: config.problems]
     asks = [Ask(p, x, s) for p in prompts for x in problems for s in range(config.samples)]
     rollouts = collector.collect(task, asks, purpose="eval", step=step, key=key)
     scores = mean_scores(rollouts)
@@ -75,16 +75,6 @@ def evaluate(
         followed = collector.collect(task, asks, purpose="eval", step=step, key=(*key, "retention"))
         record["retention"] = mean(r.reward for r in followed)
     return record
-
-
-def held_out(task: Task, n: int) -> Sequence[Problem]:
-    """The first `n` validation problems; UserError when there are fewer."""
-    if n > len(task.validation):
-        raise UserError(
-            f"eval.problems = {n} is more than the {len(task.validation)} validation problems of {task.name}; use "
-            f"--eval.problems {len(task.validation)} or fewer"
-        )
-    return task.validation[:n]
 
 
 def retention_asks(task: Task) -> list[Ask]:
@@ -146,6 +136,7 @@ class EvaluateCommand:
 
 
 def main(argv: Sequence[str]) -> None:
+    from fst_fast.context import check_room, longest_problem
     from fst_fast.train import Trainer  # the loop imports this file
 
     command = tyro.cli(EvaluateCommand, args=list(argv), prog="python -m fst_fast.evaluate")
@@ -156,25 +147,24 @@ def main(argv: Sequence[str]) -> None:
     task = (
         make_task(command.task, seed=config.seed, jsonl=config.jsonl)
         if command.task
-        else trainer.tasks[trainer.entered]
+        else trainer.tasks[trainer.state.entered]
     )
     problems = command.problems or len(task.validation)
     trainer.config = replace(config, eval=replace(config.eval, problems=problems, samples=command.samples))
     check(trainer.config)
-    trainer.check_room(task, [Prompt(task.seed_prompt), trainer.best, *trainer.population])
+    prompts = [Prompt(task.seed_prompt), trainer.state.best, *trainer.state.population]
+    limit = config.rollout.max_new_tokens
+    check_room(trainer.model, task, prompts, longest_problem(trainer.model, task), limit)
     with tempfile.TemporaryDirectory() as scratch:  # these rollouts are not the run's
         trainer.serve(RolloutStore(Path(scratch)))
         none = Prompt("")  # no system prompt at all: what the weights do alone
         metrics = trainer.held_out(task, [none])
         metrics["reward_none"] = metrics["reward_by_prompt"][none.id]
-    table = Table(
-        title=Text(
-            f"{command.run} at step {trainer.step} on {task.name}, mean@{command.samples} of {metrics['problems']}"
-        )
-    )
+    title = f"{command.run} at step {trainer.state.step} on {task.name}"
+    table = Table(title=Text(f"{title}, mean@{command.samples} of {metrics['problems']}"))
     for column in ("what", "value"):
         table.add_column(column)
-    texts = {p.id: p.text for p in [*trainer.population, Prompt(task.seed_prompt)]}
+    texts = {p.id: p.text for p in prompts}
     for name, value in metrics.items():
         if isinstance(value, float):
             table.add_row(Text(name), Text(f"{value:.3f}"))
@@ -182,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
         mark = " (best)" if prompt == metrics["best_prompt"] else ""
         table.add_row(Text(f"prompt{mark}: {plain(texts.get(prompt, ''), 200) or 'none'}"), Text(f"{reward:.3f}"))
     Console().print(table)
-    print(json.dumps({"step": trainer.step, "task": task.name, **metrics}))
+    print(json.dumps({"step": trainer.state.step, "task": task.name, **metrics}))
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def test_a_second_process_on_a_run_is_turned_away_and_the_first_goes_on(
     learn, others = Trainer.learn, []
 
     def learn_while_others_try(trainer: Trainer) -> None:
-        if trainer.step == 1:
+        if trainer.state.step == 1:
             others.append(warm.run(*flags("rl", run_dir)))
             others.append(warm.run("--resume", run_dir))
         learn(trainer)

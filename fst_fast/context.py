@@ -1,0 +1,36 @@
+"""Does all that a run will sample fit the model's context? Asked before any work, and of every proposed prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fst_fast.errors import UserError
+from fst_fast.evaluate import retention_asks
+from fst_fast.model import Model
+from fst_fast.records import Problem, Prompt
+from fst_fast.rollout.collect import Ask
+from fst_fast.tasks.task import Task
+
+
+def longest_problem(model: Model, task: Task) -> Problem:
+    """The problem with the most tokens, among the 32 with the most characters."""
+    problems = sorted([*task.train, *task.validation], key=lambda p: len(str(task.messages("", p))))[-32:]
+    return min(problems, key=lambda p: room(model, task, Prompt(task.seed_prompt), p, 0))
+
+
+def room(model: Model, task: Task, prompt: Prompt, problem: Problem, max_new_tokens: int) -> int:
+    """Tokens left over when the problem is posed under the prompt and answered at full length."""
+    return model.room(task.messages(prompt.text, problem), max_new_tokens)
+
+
+def check_room(model: Model, task: Task, prompts: Sequence[Prompt], longest: Problem, max_new_tokens: int) -> None:
+    """UserError when the longest problem under one of `prompts`, or what evaluation adds, does not fit."""
+    for ask in [*(Ask(prompt, longest) for prompt in prompts), *retention_asks(task)]:
+        if (left := room(model, task, ask.prompt, ask.problem, max_new_tokens)) < 0:
+            fitting = max_new_tokens + left
+            do = f"use {fitting} or less" if fitting > 0 else "pose shorter problems"
+            raise UserError(
+                f"rollout.max_new_tokens = {max_new_tokens}: problem {ask.problem.id} under the prompt "
+                f"{ask.prompt.text!r:.60} and an answer of that length exceed the model's context of "
+                f"{model.context} tokens by {-left}; {do}, or a model with a longer context"
+            )

@@ -1,0 +1,48 @@
+"""Where a run stands: what a checkpoint holds beside weights and optimizer, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fst_fast.fast.population import Member
+from fst_fast.fast.reflection import ReflectionUsage
+from fst_fast.records import Prompt
+from fst_fast.rollout.collect import Totals
+
+
+@dataclass
+class State:
+    """Random streams are not here: they are functions of the seed and of these counters (seeding.py)."""
+
+    step: int = 0  # steps finished
+    cycle: int = 0  # GEPA cycles finished
+    entered: int = -1  # stage whose prompts are in the pool
+    ended_stages: int = 0  # stages whose last evaluation is written
+    complete: bool = False
+    pool: list[Member] = field(default_factory=list)
+    population: list[Prompt] = field(default_factory=list)  # the K prompts that share a group's rollouts
+    best: Prompt = field(default_factory=lambda: Prompt(""))
+    totals: Totals = field(default_factory=Totals)
+    reflection: ReflectionUsage = field(default_factory=ReflectionUsage)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            **asdict(self),
+            "pool": [m.to_dict() for m in self.pool],
+            "population": [p.text for p in self.population],
+            "best": self.best.text,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> State:
+        return cls(
+            **{name: data[name] for name in ("step", "cycle", "entered", "ended_stages", "complete")},
+            pool=[Member.from_dict(m) for m in data["pool"]],
+            population=[Prompt(text) for text in data["population"]],
+            best=Prompt(data["best"]),
+            totals=Totals(**data["totals"]),
+            reflection=ReflectionUsage(**data["reflection"]),
+        )
