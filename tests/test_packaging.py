@@ -1,0 +1,43 @@
+"""What the install promises, each in a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, cwd: Path) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_kernels_import_nothing_of_the_trainer_or_of_transformers(tmp_path: Path) -> None:
+    code = "import sys, fst_kernels; print(sorted({'fst_fast', 'transformers', 'vllm', 'gepa'} & set(sys.modules)))"
+    assert python(code, tmp_path) == "[]\n"
+
+
+def test_the_folder_kernels_is_not_taken_for_the_package_of_that_name() -> None:
+    """PyPI has a package `kernels` that transformers looks for; from the repository's root it must not find ours."""
+    code = (
+        "import importlib.metadata, transformers.utils\n"
+        "real = any(d.name == 'kernels' for d in importlib.metadata.distributions())\n"
+        "print(transformers.utils.is_kernels_available() == real)\n"
+        "from fst_fast.model import load_model\n"
+        "import torch; print(load_model('').hidden(torch.tensor([[1, 2, 3]])).shape)"
+    )
+    assert python(code, ROOT) == "True\ntorch.Size([1, 3, 96])\n"
+
+
+def test_without_the_compiled_helpers_python_takes_over_with_one_warning(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util, warnings\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'fst_fast._csrc' else find(name, *a)\n"
+        "from fst_fast.prefix_tree import build\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    print(build([(1, 2), (1, 3)]).tokens, build([(1, 2), (1, 2, 3)]).tokens, len(caught))"
+    )
+    assert python(code, tmp_path) == "3 3 1\n"
