@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from fst_fast.errors import UserError
 from fst_fast.files import DISK_FULL, sync_directory, write_atomic
@@ -62,12 +61,12 @@ def save_model(model: Model, folder: Path) -> None:
     """A Hugging Face folder of its own: loads anywhere."""
     try:
         model.lm.save_pretrained(folder)
-    except SafetensorError as error:  # which hides what the system said
-        code = re.search(r"os error (\d+)", str(error))
+        model.tokenizer.save_pretrained(folder)
+    except Exception as error:  # safetensors and tokenizers hide what the system said in types of their own
+        code = re.search(r"\(os error (\d+)\)", str(error))
         if not code:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
-    model.tokenizer.save_pretrained(folder)
 
 
 def folders(run_dir: Path) -> list[Path]:

@@ -103,10 +103,13 @@ def run(main: Callable[[list[str]], None]) -> None:
     except FloatingPointError as error:
         sys.exit(_say(f"error: {error}; start again with a smaller slow.lr", 2))
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno in DISK_FULL:
+            what = "no space left on the disk; make room, then --resume from the last checkpoint"
+        elif error.filename:
+            what = f"{error.filename}: {error.strerror}"
+        else:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_say(f"error: no space left on the disk{where}; make room, then --resume from the last checkpoint", 2))
+        sys.exit(_say(f"error: {what}", 2))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; --resume continues from the last checkpoint", 130))
 

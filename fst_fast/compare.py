@@ -89,7 +89,10 @@ def plan(command: CompareCommand, flags: Sequence[str]) -> list[Job]:
     jobs = []
     for seed in command.seeds.split(","):
         for arm in command.modes.split(","):
-            words = shlex.split(arm)
+            try:
+                words = shlex.split(arm)
+            except ValueError as error:
+                raise UserError(f"modes = {command.modes!r}: {arm!r} is not a mode with flags ({error})") from None
             if not words:
                 raise UserError(f"modes = {command.modes!r}: an arm is empty")
             label = " ".join(words)

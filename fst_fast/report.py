@@ -10,7 +10,6 @@ import difflib
 import functools
 import re
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fst_fast import cli
 from fst_fast.errors import UserError
 from fst_fast.files import write_atomic
 from fst_fast.plots import LINES, PANELS, VARIABLES, Group, group_runs, svg
@@ -81,18 +81,13 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
     return out
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m fst_fast.report", description="Write runs as one HTML page.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--out", type=Path, help="the page; default: RUN/report.html, for several beside the first")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     beside = options.runs[0] if len(options.runs) == 1 else options.runs[0].resolve().parent
-    try:
-        print(write_report(options.runs, options.out or beside / "report.html"))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    print(write_report(options.runs, options.out or beside / "report.html"))
 
 
 def _template() -> Any:
@@ -419,4 +414,4 @@ def spread(ranked: Sequence[Record], each: int) -> list[Record]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)
