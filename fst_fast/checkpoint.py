@@ -14,9 +14,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -124,10 +124,10 @@ def locked(run_dir: Path) -> Iterator[None]:
     The lock dies with its process. A directory to which nothing was written is left as it was.
     """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    path = run_dir / ".lock"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (closed below)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = _lock(path)
     except BlockingIOError:
         raise UserError(f"run_dir: {run_dir} is in use by another process; wait for it or choose another") from None
     except OSError as error:
@@ -138,7 +138,16 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(run_dir) == [".lock"]:
-                (run_dir / ".lock").unlink()
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
                 for folder in made:
                     folder.rmdir()
+
+
+def _lock(path: Path) -> TextIO:
+    """BlockingIOError when another process has the lock."""
+    lock = open(path, "a")  # noqa: SIM115 (closed by the caller)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):  # its last holder removed it meanwhile
+        raise BlockingIOError
+    return lock

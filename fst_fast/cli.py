@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,8 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     data = read_toml(known.config_file) if known.config_file else {}
     mode = known.mode or data.get("mode", "fst")
     if mode not in MODES:
-        raise UserError(f"mode = {mode!r}: must be one of {', '.join(MODES)}")
+        source = "" if known.mode else f"{known.config_file}: "
+        raise UserError(f"{source}mode = {mode!r}: must be one of {', '.join(MODES)}")
     model = data.get("model", {})
     path = getattr(known, "model.path") or (model.get("path", "") if isinstance(model, dict) else "")
     name = known.preset or ("paper" if path else "glyph")
@@ -96,6 +98,7 @@ def read_toml(path: str | Path) -> dict[str, object]:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Run a command: 2 and one sentence on what the user can mend, 130 when interrupted. Other errors propagate."""
+    threading.excepthook = _thread_error
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -112,6 +115,12 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.exit(_say(f"error: {what}", 2))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; --resume continues from the last checkpoint", 130))
+
+
+def _thread_error(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer meets a full disk in a thread of its own; the main thread meets it too, and says so."""
+    if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_FULL):
+        threading.__excepthook__(args)
 
 
 def _say(text: str, code: int) -> int:
