@@ -517,6 +517,7 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 @pytest.mark.parametrize("kilobytes", [4, 1000, 2000])
 def test_a_really_full_disk_does_the_same(kilobytes: int, finished: Path, refuse: Refusals) -> None:
     run = refuse.folder / "disk" / "run"

@@ -165,10 +165,15 @@ def test_the_runs_that_are_killed_here_learn_in_each_of_their_channels(whole: Wh
     assert accepted > 2
 
 
-def test_a_finished_run_resumed_stays_as_it_is(warm: Warm, whole: Whole) -> None:
-    before = tree(whole("fst"))
-    assert warm.run("--resume", whole("fst")) == (0, "")
-    assert tree(whole("fst")) == before
+def test_a_finished_run_resumed_stays_as_it_is(warm: Warm, whole: Whole, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole("fst"), tmp_path / "fst"))
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("tensorboard = false", "tensorboard = true"))
+    assert warm.run("--resume", run) == (0, "")  # the report shows the changed setting
+    before = tree(run)
+    assert warm.run("--resume", run) == (0, "")
+    assert tree(run) == before
+    assert not (run / "tensorboard").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "no manifest"])
