@@ -37,7 +37,7 @@ class TrainCommand:
 
 def parse_train(argv: Sequence[str]) -> TrainCommand:
     """The command line of `fst_fast.train`. Preset, mode and file are read first: they set the flags' defaults."""
-    argv = ["--fast.reflector" if word == "--reflector" else word for word in argv]  # the short form
+    argv = [_flag(word) for word in argv]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--mode", "--config-file", "--model.path", "--resume"):
         early.add_argument(name, default="")
@@ -50,6 +50,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
             raise UserError("--resume takes a run directory and no other flag: a run goes on as it was configured")
         return TrainCommand(resume=known.resume)
     data = read_toml(known.config_file) if known.config_file else {}
+    data.pop("run_dir", None)  # of the run whose config.toml it is
     mode = known.mode or data.get("mode", "fst")
     if mode not in MODES:
         source = "" if known.mode else f"{known.config_file}: "
@@ -69,6 +70,15 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         prog="python -m fst_fast.train",
         config=(tyro.conf.FlagConversionOff,),
     )
+
+
+def _flag(word: str) -> str:
+    """A word of the command line with its flag's name in the one form that is read twice: hyphens, no short forms."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    name = name.replace("_", "-")
+    return ("--fast.reflector" if name == "--reflector" else name) + equals + value
 
 
 def config_from(argv: Sequence[str]) -> Config:

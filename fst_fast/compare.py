@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -46,7 +47,7 @@ class CompareCommand:
     out: Path = Path("runs/compare")
     """Directory of the comparison: one run directory an arm and seed, report.html, comparison.png."""
     jobs: int = 0
-    """Runs side by side; 0 = cores / threads of a run."""
+    """Runs side by side; 0 = cores / threads of a run, or one where they share a GPU."""
 
 
 @dataclass
@@ -70,10 +71,13 @@ def main(argv: Sequence[str]) -> None:
     command, rest = tyro.cli(
         CompareCommand, args=list(argv), prog="python -m fst_fast.compare", return_unknown_args=True
     )
-    if not any(a.startswith(("--stream", "--model.path")) for a in rest):
+    if not any(a.startswith(("--stream", "--model.path", "--config-file", "--config_file")) for a in rest):
         rest = ["--stream", STREAM, *rest]
     jobs = plan(command, rest)
-    parallel = command.jobs or max(1, (os.cpu_count() or 1) // max(1, jobs[0].config.threads or 1))
+    cores = os.cpu_count() or 1
+    shared_gpu = torch.cuda.is_available() and any(job.config.model.device != "cpu" for job in jobs)
+    fitting = 1 if shared_gpu else max(1, cores // max(job.config.threads or cores for job in jobs))
+    parallel = command.jobs or fitting
     work(jobs, parallel)
     run_dirs = [job.dir for job in jobs]
     plot_comparison(run_dirs, command.out / "comparison.png")

@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:  # these rollouts are not the run's
         trainer.serve(RolloutStore(Path(scratch)))
         none = Prompt("")  # no system prompt at all: what the weights do alone
-        metrics = trainer.held_out(task, [none])
+        metrics = trainer.held_out(task, task.name, [none])
         metrics["reward_none"] = metrics["reward_by_prompt"][none.id]
     title = f"{command.run} at step {trainer.state.step} on {task.name}"
     table = Table(title=Text(f"{title}, mean@{command.samples} of {metrics['problems']}"))

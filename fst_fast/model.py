@@ -30,18 +30,22 @@ class Head:
 class Model:
     """A transformers causal LM with its tokenizer. `self.lm` is the module whose parameters are trained in place."""
 
-    def __init__(self, lm: Any, tokenizer: Any, path: str):
+    def __init__(self, lm: Any, tokenizer: Any, path: str, *, template_kwargs: dict[str, Any] | None = None):
         self.lm, self.tokenizer, self.path = lm, tokenizer, path
         self.config = lm.config.get_text_config()
         self.device = lm.device
         self.context: int = int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
-        layer_types = getattr(self.config, "layer_types", None) or ["full_attention"]
+        layer_types = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        # older configurations (Mistral, Phi-3) have one window for all layers, and their models take one plain mask
+        self.one_window = not layer_types and window is not None and getattr(self.config, "use_sliding_window", True)
+        layer_types = layer_types or ["sliding_attention" if self.one_window else "full_attention"]
         if unknown := set(layer_types) - SUPPORTED_LAYERS:
             raise UserError(
                 f"model.path: {path} has {', '.join(sorted(unknown))} layers; "
                 f"models with {' and '.join(sorted(SUPPORTED_LAYERS))} layers are supported"
             )
-        self.window: int | None = self.config.sliding_window if "sliding_attention" in layer_types else None
+        self.window: int | None = window if "sliding_attention" in layer_types else None
         generation_eos = getattr(lm.generation_config, "eos_token_id", None)
         eos = {tokenizer.eos_token_id, *(generation_eos if isinstance(generation_eos, list) else [generation_eos])}
         self.eos_ids: frozenset[int] = frozenset(int(i) for i in eos if i is not None)
@@ -49,6 +53,8 @@ class Model:
             raise UserError(
                 f"model.path: {path} names no end token; set eos_token in its tokenizer or generation config"
             )
+        self._folds_system = False
+        self._template_kwargs = template_kwargs or {}
         self._sanitizes = "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters
         self._check_head()
 
@@ -61,9 +67,12 @@ class Model:
         """Final hidden states [B, T, H] (after the last norm) of token ids [B, T]."""
         return self.lm.base_model(input_ids=ids, **kwargs).last_hidden_state
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [N, V] of hidden states [N, H]: what is sampled from and trained on must be the same numbers."""
-        head = self.head
+    def logits(self, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
+        """fp32 logits [N, V] of hidden states [N, H]: what is sampled from and trained on must be the same numbers.
+
+        `head` can be the model's head in fp32 already: converting a bf16 one takes long for every token.
+        """
+        head = head or self.head
         logits = hidden.float() @ head.weight.float().T
         if head.bias is not None:
             logits = logits + head.bias.float()
@@ -73,16 +82,29 @@ class Model:
         """Token ids of the chat template, ready for the assistant's answer. Ids are the truth from here.
 
         Contents are data: lone surrogates are replaced, and special tokens written in them stay plain text (where
-        transformers is new enough to know how). An empty system prompt is none.
+        transformers is new enough to know how). An empty system prompt is none; a template without a system role
+        (Gemma 2) gets it at the head of the user's message.
         """
         clean = [m | {"content": m["content"].encode("utf-8", "replace").decode()} for m in messages]
         clean = [m for m in clean if m["role"] != "system" or m["content"]]
-        kwargs = {"sanitize_control_tokens": True} if self._sanitizes else {}
-        return tuple(
-            self.tokenizer.apply_chat_template(clean, add_generation_prompt=True, return_dict=True, **kwargs)[
-                "input_ids"
-            ]
-        )
+        if self._folds_system and clean[0]["role"] == "system":
+            system, user, *rest = clean
+            clean = [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
+        kwargs = self._template_kwargs | ({"sanitize_control_tokens": True} if self._sanitizes else {})
+        encoded = self.tokenizer.apply_chat_template(clean, add_generation_prompt=True, return_dict=True, **kwargs)
+        return tuple(encoded["input_ids"])
+
+    def check_template(self) -> None:
+        """Whether the chat template takes a system prompt, or can do without. UserError when it takes neither."""
+        for self._folds_system in (False, True):
+            try:
+                self.encode_chat([{"role": "system", "content": "a prompt"}, {"role": "user", "content": "a problem"}])
+                return
+            except Exception as error:  # a template is a program
+                problem = error
+        raise UserError(
+            f"model.path: the chat template of {self.path} does not take a user message: {_first_line(problem)}"
+        ) from problem
 
     def room(self, messages: list[Message], max_new_tokens: int) -> int:
         """Tokens of the context left over when `messages` are answered at full length; negative: they do not fit."""
@@ -105,7 +127,7 @@ class Model:
             )
 
 
-def load_model(path: str, *, dtype: str = "float32", device: str = "auto") -> Model:
+def load_model(path: str, *, dtype: str = "float32", device: str = "auto", thinking: str = "default") -> Model:
     """Open a Hugging Face causal LM folder. Raises UserError when weights, tokenizer or chat template are missing."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -155,13 +177,9 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto") -> Mo
     if not all(bool(p.isfinite().all()) for p in lm.parameters()):
         raise UserError(f"model.path: the weights of {folder} are not all finite numbers")
     lm.eval()  # no dropout: the trained distribution must be the sampled one
-    model = Model(lm, tokenizer, str(folder))
-    try:
-        model.encode_chat([{"role": "system", "content": "a prompt"}, {"role": "user", "content": "a problem"}])
-    except Exception as error:  # a template is a program
-        raise UserError(
-            f"model.path: the chat template of {folder} does not take a system and a user message: {_first_line(error)}"
-        ) from error
+    kwargs = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
+    model = Model(lm, tokenizer, str(folder), template_kwargs=kwargs)
+    model.check_template()
     return model
 
 

@@ -77,6 +77,16 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """A plain chat answer of the policy, outside training; `fault` says why it is not a whole one ("" = it is)."""
+
+    text: str
+    fault: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """All rollouts of one problem in one step, over all its prompts: the unit of the advantage."""
 

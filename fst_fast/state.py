@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fst_fast.fast.population import Member
 from fst_fast.fast.reflection import ReflectionUsage
+from fst_fast.model import Model
 from fst_fast.records import Prompt
 from fst_fast.rollout.collect import Totals
+from fst_fast.tasks.task import Task
+
+
+def fingerprint(tasks: Sequence[Task], base: Model) -> str:
+    """Digest of what a run was begun with: its problems, and a sample of the base model's weights."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        for problem in (*task.train, *task.validation):
+            digest.update(repr((problem.id, problem.slice, sorted(problem.data.items()))).encode("utf-8", "replace"))
+    for name, p in base.lm.named_parameters():
+        digest.update(f"{name} {list(p.shape)} {p.detach().flatten()[:64].tolist()}".encode())
+    return digest.hexdigest()
 
 
 @dataclass

@@ -153,7 +153,7 @@ def _import_wandb() -> Any:
         import wandb
     except ImportError as error:
         raise UserError(
-            "wandb = true needs Weights & Biases: pip install 'fst-fast[wandb]', or set --no-wandb"
+            "wandb = true needs Weights & Biases: pip install 'fst-fast[wandb]', or leave it out"
         ) from error
     return wandb
 
@@ -198,7 +198,7 @@ def plain(text: str, limit: int) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """metrics.jsonl and config.toml of a run directory; `notes` says in words what could not be read."""
+    """metrics.jsonl and config.toml of a run directory; `notes` says what could not be read or must be known."""
 
     dir: Path
     config: Record
@@ -273,6 +273,12 @@ def read_run(run_dir: Path | str) -> Run:
     end = kinds["end"][-1] if kinds["end"] else None
     if end is None:
         notes.append("This run has not ended: it is still going, or was stopped. Numbers are the latest, not final.")
+    trained = [r for r in kinds["step"] if r.get("groups")]
+    still = sum(r.get("live_groups") == 0 for r in trained)
+    if 2 * still > len(trained):
+        notes.append(
+            f"In {still} of {len(trained)} steps no group had differing rewards: the weights did not move in those."
+        )
     return Run(run_dir, config, kinds["step"], kinds["eval"], kinds["evolve"], end, tuple(notes))
 
 

@@ -33,19 +33,21 @@ from fst_fast.fast.population import Member, distinct
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.files import Appender, write_atomic
 from fst_fast.model import load_model
-from fst_fast.records import Problem, Prompt, Rollout, SamplingParams
+from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
 from fst_fast.report import write_report
 from fst_fast.rollout.collect import Ask, Collector
 from fst_fast.rollout.reuse import RolloutStore
-from fst_fast.rollout.torch_engine import TorchEngine
+from fst_fast.rollout.torch_engine import TorchEngine, check_engine
 from fst_fast.seeding import stream
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner, StepReport
 from fst_fast.slow.policy import Policy
-from fst_fast.state import State
+from fst_fast.state import State, fingerprint
 from fst_fast.tasks import make_task
 from fst_fast.tasks.task import Message, Task
 from fst_fast.telemetry import Telemetry, print_summary, read_run
+
+BASE_VERSION = -1  # policy_version of what the frozen base model sampled
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
 def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     """One run from its configuration (or its last checkpoint) to its report."""
-    trainer = Trainer(config, run_dir)  # everything that can be wrong is wrong here, before a file is written
+    trainer = Trainer(config, run_dir)  # bad input is refused here, before anything is written
     with checkpoint.locked(run_dir):
         with trainer.open(resume=resume):
             for stage in trainer.stages:
@@ -92,16 +94,21 @@ class Trainer:
         self.stages = stages(config.stream)
         self.tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl) for s in self.stages]
         size = config.rollout.problems
-        self.orders = [DataOrder(t.train, size, seed=config.seed, name=t.name) for t in self.tasks]
-        self.model = load_model(config.model.path, dtype=config.model.dtype, device=config.model.device)
-        self.base = load_model(config.model.path, dtype=config.model.dtype, device=config.model.device)
+        names = [t.name for t in self.tasks]
+        self.names = [f"{n}#{i}" if n in names[:i] else n for i, n in enumerate(names)]  # a task may come back
+        pairs = zip(self.tasks, self.names, strict=True)
+        self.orders = [DataOrder(t.train, size, seed=config.seed, name=name) for t, name in pairs]
+        path, loading = config.model.path, {k: v for k, v in asdict(config.model).items() if k != "path"}
+        self.model, self.base = load_model(path, **loading), load_model(path, **loading)
         self.base.lm.requires_grad_(False)
+        check_engine(self.model)
         self.longest = [longest_problem(self.model, t) for t in self.tasks]
         self._check_context()
         self.policy = Policy(self.model, config.slow)
         self.learner = Learner(self.policy, self.base, config.slow)
         self.engine = TorchEngine(self.model, max_batch=config.rollout.max_batch)
         self.state = State(best=Prompt(self.tasks[0].seed_prompt))
+        self.inputs = fingerprint(self.tasks, self.base)
         self.saved = -1  # step of the newest checkpoint
 
     # ------------------------------------------------------------------------------------------ opening and saving
@@ -135,8 +142,13 @@ class Trainer:
         folder = checkpoint.latest(self.run_dir)
         if folder is None:
             return {}
-        checkpoint.load_policy(folder, self.policy)
         saved = checkpoint.read_state(folder)
+        if saved["inputs"] != self.inputs:
+            raise UserError(
+                f"resume: the problems or the base model of {self.run_dir} are not those it was begun with; put the "
+                "old ones back, or start a new run"
+            )
+        checkpoint.load_policy(folder, self.policy)
         self.state = State.from_dict(saved)
         self.saved = self.state.step
         return saved["offsets"]
@@ -159,7 +171,7 @@ class Trainer:
             "rollouts": self.store.offset,
             "rollout_count": self.store.count,
         }
-        state = {**self.state.to_dict(), "offsets": offsets}
+        state = {**self.state.to_dict(), "inputs": self.inputs, "offsets": offsets}
         checkpoint.save(self.run_dir, self.policy, state, keep=self.config.keep_checkpoints)
         self.saved = self.state.step
 
@@ -197,7 +209,7 @@ class Trainer:
                 steps = config.every * self.config.rollout.problems * self.config.rollout.group_size
                 proposals += steps // (2 * config.minibatch + config.scoring_problems // 3)
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
-            self.engine.load_weights(self.base, self.state.step)
+            self.engine.load_weights(self.base, BASE_VERSION)
         ahead = self.order.lookahead(self.state.step - self.stage.start, config.every)
         calls = self.generated = 0  # within this cycle: names of random streams
 
@@ -242,7 +254,7 @@ class Trainer:
     def learn(self) -> None:
         """One step: rollouts of the next batch, spread over the prompts, and one slow step on their groups."""
         started = time.monotonic()
-        report, rollouts, sampled = StepReport(0, 0, {}), [], started
+        report, rollouts, sampled, lr = StepReport(0, 0, {}), [], started, self.policy.lr
         computed = self.engine.stats.computed_prompt_tokens
         if self.config.mode != "gepa":
             rollouts = self._batch_rollouts()
@@ -267,7 +279,7 @@ class Trainer:
                 "groups": report.groups,
                 "live_groups": report.live_groups,
                 **report.metrics,
-                "lr": self.policy.lr,
+                "lr": lr,
                 # the mean surprise of sampled tokens is an unbiased estimate of the policy's entropy per token
                 "entropy": -sum(lp for r in rollouts for lp in r.logprobs) / tokens,
                 "response_tokens": tokens / len(rollouts),
@@ -288,11 +300,16 @@ class Trainer:
     def evaluate(self) -> None:
         """Held-out reward and KL of what the run would deploy now."""
         started = time.monotonic()
-        record = {"kind": "eval", **self._where(), **self.held_out(self.task), **asdict(self.state.totals)}
+        record = {
+            "kind": "eval",
+            **self._where(),
+            **self.held_out(self.task, self.names[self.stage.index]),
+            **asdict(self.state.totals),
+        }
         record["time"] = {"seconds": time.monotonic() - started}
         self.telemetry.write(record, prompt=self.state.best.text)
 
-    def held_out(self, task: Task, others: Sequence[Prompt] = ()) -> dict[str, Any]:
+    def held_out(self, task: Task, stream_name: str, others: Sequence[Prompt] = ()) -> dict[str, Any]:
         """Metrics of the present weights and prompts on `task`; fst-distill deploys the weights alone."""
         seed = Prompt(task.seed_prompt)
         alone = self.config.mode == "fst-distill"
@@ -306,7 +323,7 @@ class Trainer:
             self.config.eval,
             step=self.state.step,
             micro_tokens=self.config.slow.micro_tokens,
-            key=(self.state.step, task.name, self.state.cycle),
+            key=(self.state.step, stream_name, self.state.cycle),
             others=others,
         )
 
@@ -331,7 +348,7 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- helpers
 
     def _batch_rollouts(self) -> list[Rollout]:
-        """G rollouts of every problem of the batch, spread evenly over the population."""
+        """G rollouts of every problem of the batch, dealt out over the population: evenly once it has its K prompts."""
         prompts = self.state.population if self.config.mode == "fst" else [Prompt(self.task.seed_prompt)]
         asks = [
             Ask(prompts[i % len(prompts)], problem, i // len(prompts))
@@ -340,16 +357,16 @@ class Trainer:
         ]
         return self.collector.collect(self.task, asks, purpose="rl", step=self.state.step, key=(self.state.step,))
 
-    def _generate(self, conversations: Sequence[list[Message]]) -> list[str]:
+    def _generate(self, conversations: Sequence[list[Message]]) -> list[Answer]:
         """Answers of the frozen base model, for the policy reflector."""
         self.generated += 1
-        serving = self.engine.model
-        self.engine.load_weights(self.base, self.state.step)
+        serving, version = self.engine.model, self.engine.policy_version
+        self.engine.load_weights(self.base, BASE_VERSION)
         sampling = SamplingParams(1.0, self.config.reflector.max_new_tokens)
         try:
             return self.collector.complete(conversations, sampling, (self.state.cycle, self.generated))
         finally:
-            self.engine.load_weights(serving, self.state.step)
+            self.engine.load_weights(serving, version)
 
     def _check_context(self) -> None:
         """UserError when what the run will sample leaves no room for an answer."""
@@ -359,7 +376,7 @@ class Trainer:
         if self.config.mode != "rl" and self.config.fast.reflector == "policy" and answer >= self.model.context:
             raise UserError(
                 f"reflector.max_new_tokens = {answer} leaves no room for a question in the model's context of "
-                f"{self.model.context} tokens; use far less than that"
+                f"{self.model.context} tokens; use {self.model.context // 4} or less, another --reflector, or --mode rl"
             )
 
     def _fits(self, prompt: Prompt) -> bool:

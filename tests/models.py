@@ -13,13 +13,15 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from fst_fast.model import GLYPH_BASE, Model, load_model
 
-FAMILIES = ("qwen3", "llama", "gemma2", "gemma3")
+FAMILIES = ("qwen3", "llama", "mistral", "gemma2", "gemma3")
 
 
 def save_tiny(family: str, folder: Path, *, seed: int = 0) -> Path:
@@ -44,6 +46,8 @@ def save_tiny(family: str, folder: Path, *, seed: int = 0) -> Path:
         lm = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True))
     elif family == "llama":
         lm = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
+    elif family == "mistral":  # one window for all layers, and no layer_types
+        lm = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
     elif family == "gemma2":
         config = Gemma2Config(**sizes, sliding_window=8, final_logit_softcapping=2.0, attn_logit_softcapping=5.0)
         lm = Gemma2ForCausalLM(config)

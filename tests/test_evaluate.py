@@ -16,8 +16,8 @@ def test_specialists_count_fully_when_each_slice_gets_its_best_prompt() -> None:
 
 def test_a_prompt_that_was_only_lucky_on_the_half_it_was_chosen_on_earns_nothing() -> None:
     first, second = list(SLICES)[:4:2] + list(SLICES)[4::2], list(SLICES)[1:4:2] + list(SLICES)[5::2]
-    lucky = {x: 1.0 for x in first} | {x: 0.0 for x in second}
-    other = {x: 0.0 for x in first} | {x: 1.0 for x in second}
+    lucky = dict.fromkeys(first, 1.0) | dict.fromkeys(second, 0.0)
+    other = dict.fromkeys(first, 0.0) | dict.fromkeys(second, 1.0)
     # chosen and scored on the same problems these two would look perfect
     assert cross_fitted({"lucky": lucky, "other": other}, SLICES) == 0.0
 

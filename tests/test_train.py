@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fst_fast.config import Config, EvalConfig, FastConfig, RolloutConfig, preset
+from fst_fast.errors import UserError
 from fst_fast.train import main, train
 from tests.models import FAMILIES, save_tiny
 
@@ -123,3 +124,15 @@ def test_prompts_are_kept_or_reset_when_the_task_switches(policy: str, carried: 
     }
     assert len(before) > 1
     assert (before <= scored_at_switch) == carried
+
+
+def test_a_run_whose_problems_were_changed_is_not_resumed(tmp_path: Path) -> None:
+    data = tmp_path / "echo.jsonl"
+    rows = [{"problem": f"a {i}", "answer": f"a {i}"} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small(preset("glyph", "rl"), stream=f"jsonl:{data}@1", run_dir=str(tmp_path / "run"))
+    train(config, tmp_path / "run")
+    main(["--resume", str(tmp_path / "run")])  # nothing changed: nothing to do
+    data.write_text("".join(json.dumps(row | {"answer": "b"}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="not those it was begun with"):
+        main(["--resume", str(tmp_path / "run")])

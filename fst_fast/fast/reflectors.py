@@ -9,10 +9,10 @@ from fst_fast.errors import UserError
 from fst_fast.fast.phrasebook import PhrasebookReflector
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage, Reflector
 from fst_fast.fast.template import Pose, instruction, parse
-from fst_fast.records import Problem
+from fst_fast.records import Answer, Problem
 from fst_fast.tasks.task import Message, Task
 
-Generate = Callable[[Sequence[list[Message]]], list[str]]
+Generate = Callable[[Sequence[list[Message]]], list[Answer]]
 """Chats in, the frozen base model's answers out, in order; "" for a chat that leaves no room in the context."""
 
 
@@ -57,7 +57,11 @@ class PolicyReflector:
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
         texts = [instruction(request, self._pose, **self._limits) for request in requests]
         answers = self._generate([[{"role": "user", "content": text}] for text in texts])
-        reflections = [parse(answer) for answer in answers]
-        failures = sum(r.text is None for r in reflections)
-        self.usage += ReflectionUsage(calls=len(requests), failures=failures)
+        reflections = [Reflection(None, a.fault) if a.fault else parse(a.text) for a in answers]
+        self.usage += ReflectionUsage(
+            calls=len(requests),
+            prompt_tokens=sum(a.prompt_tokens for a in answers),
+            completion_tokens=sum(a.completion_tokens for a in answers),
+            failures=sum(r.text is None for r in reflections),
+        )
         return reflections

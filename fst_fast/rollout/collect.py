@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fst_fast.model import Model
-from fst_fast.records import Problem, Prompt, Purpose, Rollout, SamplingParams
+from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.rollout.schedule import order
@@ -70,10 +70,11 @@ class Collector:
 
     def complete(
         self, conversations: Sequence[list[Message]], sampling: SamplingParams, key: tuple[str | int, ...]
-    ) -> list[str]:
+    ) -> list[Answer]:
         """Plain chat completions by the weights the engine holds, outside the store: the policy as reflection LM.
 
-        A conversation that leaves no room in the context for `max_new_tokens` gets the answer "".
+        A conversation that leaves no room in the context for `max_new_tokens`, or whose answer reaches that length, is
+        answered with a fault.
         """
         requests = [
             Request(i, self.model.encode_chat(messages), sampling, derive(self._seed, "complete", *key, i))
@@ -81,8 +82,16 @@ class Collector:
         ]
         room = self.model.context - sampling.max_new_tokens
         fitting = [r for r in requests if len(r.prompt_ids) <= room]
-        answers = {c.id: self.model.decode(c.response_ids) for c in self._drain(fitting)}
-        return [answers.get(r.id, "") for r in requests]
+        done = {c.id: c for c in self._drain(fitting)}
+
+        def answer(r: Request) -> Answer:
+            if r.id not in done:
+                return Answer("", f"{len(r.prompt_ids)} tokens of question leave no room in {self.model.context}")
+            c = done[r.id]
+            fault = "" if c.finish_reason == "stop" else f"cut off at {len(c.response_ids)} tokens"
+            return Answer(self.model.decode(c.response_ids), fault, len(r.prompt_ids), len(c.response_ids))
+
+        return [answer(r) for r in requests]
 
     def _drain(self, requests: list[Request]) -> list[Completion]:
         self.engine.submit(order(requests))

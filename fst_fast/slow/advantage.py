@@ -20,13 +20,13 @@ def group_by_problem(rollouts: Sequence[Rollout]) -> list[Group]:
 
 
 def has_signal(group: Group) -> bool:
-    """A group whose rewards are all equal has advantage 0 everywhere and teaches the weights nothing."""
+    """A group whose rewards are all equal has advantage 0 everywhere: no policy gradient."""
     return len({r.reward for r in group.rollouts}) > 1
 
 
 def advantages(group: Group, *, baseline: str = "mean") -> list[float]:
-    """A_i = (r_i − b_i) / (std(r) + ε): b the group's mean (fst.md), or the mean of the others ("leave-one-out"),
-    which is unbiased and differs by the factor G / (G − 1). std is the sample standard deviation."""
+    """A_i = (r_i − b_i) / (std(r) + ε): b the group's mean (fst.md), or the mean of the others ("leave-one-out"), which
+    does not depend on r_i; the two differ by the factor G / (G − 1). std is the group's sample standard deviation."""
     rewards = torch.tensor([r.reward for r in group.rollouts], dtype=torch.float64)
     centred = rewards - rewards.mean()
     if baseline == "leave-one-out":

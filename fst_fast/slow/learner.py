@@ -21,7 +21,7 @@ class StepReport:
     """What one slow step did; metrics are token means over what was trained on."""
 
     groups: int
-    live_groups: int  # with differing rewards; the others carry no gradient and are skipped
+    live_groups: int  # with differing rewards; the others carry no policy gradient and are dropped (fst.md), KL and all
     metrics: dict[str, float]
 
 
@@ -32,6 +32,7 @@ class Sample:
     rollout: Rollout
     advantage: float
     weight: float  # of each token, before division by the minibatch's denominator
+    teacher: tuple[int, ...] | None = None  # distillation: the context under which the teacher judges the response
 
 
 LossOf = Callable[[list[Sample], float], tuple[torch.Tensor, dict[str, float]]]  # (micro-batch, denominator)
@@ -67,13 +68,12 @@ class Learner:
 
         `contexts[i]` is rollout i's problem under the teacher's prompt; every problem weighs the same. No reward used.
         """
-        self._teacher_context = {id(r): c for r, c in zip(rollouts, contexts, strict=True)}
         tokens: dict[str, int] = {}
         for r in rollouts:
             tokens[r.problem.id] = tokens.get(r.problem.id, 0) + len(r.response_ids)
-        shuffled = rng.sample(list(rollouts), len(rollouts))
-        parts = [shuffled[i :: self.config.minibatches] for i in range(self.config.minibatches)]
-        minibatches = [[Sample(r, 0.0, 1.0 / tokens[r.problem.id]) for r in part] for part in parts]
+        pairs = rng.sample(list(zip(rollouts, contexts, strict=True)), len(rollouts))
+        parts = [pairs[i :: self.config.minibatches] for i in range(self.config.minibatches)]
+        minibatches = [[Sample(r, 0.0, 1.0 / tokens[r.problem.id], context) for r, context in part] for part in parts]
         metrics = self._train(minibatches, [len(tokens) / len(parts)] * len(parts), self._distill_loss)
         return StepReport(len(tokens), len(tokens), metrics)
 
@@ -90,7 +90,8 @@ class Learner:
         for samples, denominator in zip(minibatches, denominators, strict=True):
             if not samples:
                 continue
-            for indices in micro_batches([s.rollout for s in samples], self.config.micro_tokens):
+            rollouts, teachers = [s.rollout for s in samples], [s.teacher or () for s in samples]
+            for indices in micro_batches(rollouts, self.config.micro_tokens, teachers):
                 micro = [samples[i] for i in indices]
                 tokens = sum(len(s.rollout.response_ids) for s in micro)
                 loss, metrics = loss_of(micro, denominator)
@@ -147,7 +148,7 @@ class Learner:
     def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
         rollouts = [s.rollout for s in micro]
         with torch.no_grad():
-            teacher = response_hidden(self.base, rollouts, [self._teacher_context[id(r)] for r in rollouts])
+            teacher = response_hidden(self.base, rollouts, [s.teacher or s.rollout.prompt_ids for s in micro])
         kl = token_kl(self.policy.model, response_hidden(self.policy.model, rollouts), self.base, teacher, rollouts)
         weights = torch.tensor([s.weight for s in micro for _ in s.rollout.response_ids], device=kl.device)
         return (kl * weights).sum() / denominator, {"kl_teacher": float(kl.detach().mean())}

@@ -13,12 +13,17 @@ from fst_fast.records import Rollout
 
 
 class Policy:
-    """A model and its AdamW. The engine samples from the same parameters: nothing to copy on one machine."""
+    """A model and its AdamW. The engine samples from the same parameters: nothing to copy on one machine.
+
+    AdamW works on fp32 masters of bf16 parameters: a step of 1e-6 is far below what bf16 can add to a weight.
+    """
 
     def __init__(self, model: Model, config: SlowConfig):
         self.model, self.config = model, config
+        self._parameters = [p for p in model.lm.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._parameters]
         self.optimizer = torch.optim.AdamW(
-            model.lm.parameters(),
+            self.masters,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -36,7 +41,10 @@ class Policy:
 
         A norm that is not finite raises: stepping on it would silently destroy the weights.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.lm.parameters(), self.config.clip))
+        for master, p in zip(self.masters, self._parameters, strict=True):
+            if master is not p:
+                master.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.config.clip))
         if not norm < float("inf"):
             raise FloatingPointError(
                 f"gradient norm is {norm} at optimizer step {self.updates}; the last checkpoint is good"
@@ -45,15 +53,29 @@ class Policy:
             group["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._publish()
         self.updates += 1
         return norm
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Round the masters into the parameters that are sampled from."""
+        for master, p in zip(self.masters, self._parameters, strict=True):
+            if master is not p:
+                p.copy_(master)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and counters; also the masters, which hold more than the model's own weights."""
+        masters = [m for m, p in zip(self.masters, self._parameters, strict=True) if m is not p]
+        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates, "masters": masters}
+
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
+        own = [m for m, p in zip(self.masters, self._parameters, strict=True) if m is not p]
+        for master, saved in zip(own, state["masters"], strict=True):
+            master.copy_(saved)
 
 
 def response_hidden(
@@ -82,9 +104,17 @@ def response_targets(rollouts: Sequence[Rollout], device: torch.device) -> torch
     return torch.tensor([t for r in rollouts for t in r.response_ids], device=device)
 
 
-def micro_batches(rollouts: Sequence[Rollout], budget: int) -> Iterator[list[int]]:
-    """Indices of rollouts in batches of at most `budget` padded tokens, similar lengths together."""
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+def micro_batches(
+    rollouts: Sequence[Rollout], budget: int, contexts: Sequence[tuple[int, ...]] | None = None
+) -> Iterator[list[int]]:
+    """Indices of rollouts in batches of at most `budget` padded tokens, similar lengths together.
+
+    `contexts`: other prompts that the same responses will stand under too; the longer of the two counts.
+    """
+    heads = [len(r.prompt_ids) for r in rollouts]
+    if contexts is not None:
+        heads = [max(head, len(context)) for head, context in zip(heads, contexts, strict=True)]
+    lengths = [head + len(r.response_ids) for head, r in zip(heads, rollouts, strict=True)]
     batch: list[int] = []
     for i in sorted(range(len(rollouts)), key=lambda i: (lengths[i], i)):
         if batch and lengths[i] * (len(batch) + 1) > budget:

@@ -8,7 +8,7 @@ from fst_fast.config import FastConfig, ReflectorConfig
 from fst_fast.errors import UserError
 from fst_fast.fast.reflection import ReflectionRequest, ReflectionUsage
 from fst_fast.fast.reflectors import make_reflector
-from fst_fast.records import Problem, Prompt, Verdict
+from fst_fast.records import Answer, Problem, Prompt, Verdict
 from fst_fast.tasks.glyph import GlyphTask
 from fst_fast.tasks.task import Message
 from tests.fast.toys import rollout
@@ -73,9 +73,10 @@ def test_a_local_server_needs_no_key_and_its_label_shows_no_password(no_keys: py
 def test_the_base_model_rewrites_its_own_prompt_in_one_batch() -> None:
     asked: list[Sequence[list[Message]]] = []
 
-    def generate(chats: Sequence[list[Message]]) -> list[str]:
+    def generate(chats: Sequence[list[Message]]) -> list[Answer]:
         asked.append(chats)
-        return ["I fix it.\n```\nbetter\n```", "", "bare words"][: len(chats)]
+        whole = [Answer(text, "", 10, 3) for text in ("I fix it.\n```\nbetter\n```", "", "bare words")]
+        return [*whole, Answer("```\nhalf a pro", "cut off at 3 tokens", 10, 3)][: len(chats)]
 
     class Framed(GlyphTask):
         def messages(self, prompt: str, problem: Problem) -> list[Message]:
@@ -85,10 +86,11 @@ def test_the_base_model_rewrites_its_own_prompt_in_one_batch() -> None:
     reflector = make_reflector(FastConfig(reflector="policy"), ReflectorConfig(), task, generate)
     prompt, problem = Prompt("seed"), task.train[0]
     trace = rollout(prompt, problem, "a wrong answer", Verdict(0.0, "bad feedback"))
-    answers = reflector.reflect([ReflectionRequest(prompt, (trace,), seed) for seed in range(3)])
-    assert [answer.text for answer in answers] == ["better", None, "bare words"]
+    answers = reflector.reflect([ReflectionRequest(prompt, (trace,), seed) for seed in range(4)])
+    assert [answer.text for answer in answers] == ["better", None, "bare words", None]
     assert answers[0].note == "I fix it."
-    assert reflector.usage == ReflectionUsage(calls=3, failures=1)
+    assert answers[3].note == "cut off at 3 tokens"  # half a prompt is none
+    assert reflector.usage == ReflectionUsage(calls=4, prompt_tokens=40, completion_tokens=12, failures=2)
     ((message,), *_), *more = asked
     assert not more
     assert message["role"] == "user"

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from fst_fast.config import SlowConfig
-from fst_fast.model import Model
+from fst_fast.model import Model, load_model
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
 from fst_fast.slow.advantage import advantages, group_by_problem, has_signal
 from fst_fast.slow.learner import Learner, token_kl
 from fst_fast.slow.policy import Policy, micro_batches, response_hidden
-from tests.models import FAMILIES, tiny
+from tests.models import FAMILIES, save_tiny, tiny
 
 CONFIG = SlowConfig(lr=1e-3, warmup=0, clip=1e9, kl_coef=0.0, weight_max=1.5)
 
@@ -222,3 +222,30 @@ def test_warm_up_is_linear_and_a_bad_gradient_stops_the_run(model: Model, tmp_pa
     next(policy.model.lm.parameters()).grad = torch.full_like(next(policy.model.lm.parameters()), float("nan"))
     with pytest.raises(FloatingPointError, match="gradient norm"):
         policy.update()
+
+
+def test_bf16_weights_train_through_fp32_masters_and_survive_a_checkpoint(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path)
+    model = load_model(str(tmp_path), dtype="bfloat16")
+    policy = Policy(model, replace(CONFIG, lr=1e-6))
+    start = [m.clone() for m in policy.masters]
+    for _ in range(3):
+        for p in model.lm.parameters():
+            p.grad = torch.ones_like(p)
+        policy.update()
+    # each step moves a weight by lr; in bf16 itself most would have stayed where they were
+    for master, before in zip(policy.masters, start, strict=True):
+        assert torch.allclose(before - master, torch.full_like(master, 3e-6), rtol=0.1, atol=1e-7)
+    for p, master in zip(model.lm.parameters(), policy.masters, strict=True):
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(p, master.bfloat16())
+    again = Policy(load_model(str(tmp_path), dtype="bfloat16"), replace(CONFIG, lr=1e-6))
+    again.load_state_dict(policy.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(again.masters, policy.masters, strict=True))
+
+
+def test_micro_batches_count_the_longer_of_two_contexts(model: Model) -> None:
+    rollouts = [r for g in make_groups(model) for r in g.rollouts]
+    long = [(1,) * 50] * len(rollouts)
+    assert max(map(len, micro_batches(rollouts, 120, long))) == 2
+    assert max(map(len, micro_batches(rollouts, 120))) > 2

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from fst_fast.cli import config_from
+
+
+def test_presets_depend_on_the_model_and_the_mode() -> None:
+    assert config_from([]).fast.reflector == "phrasebook"
+    assert config_from(["--mode", "rl"]).slow.lr != config_from([]).slow.lr
+    paper = config_from(["--model.path", "somewhere"])
+    assert (paper.fast.every, paper.fast.population, paper.rollout.group_size, paper.rollout.problems) == (6, 4, 8, 32)
+    assert (paper.slow.lr, paper.slow.weight_max, paper.slow.kl_coef, paper.slow.warmup) == (1e-6, 4.0, 0.001, 10)
+
+
+def test_flags_are_read_alike_in_every_spelling(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('mode = "rl"\nseed = 7\nrun_dir = "old"\n[slow]\nlr = 0.1\n')
+    for words in (["--config-file", str(file)], ["--config_file", str(file)], [f"--config-file={file}"]):
+        config = config_from(words)
+        assert (config.mode, config.seed, config.slow.lr) == ("rl", 7, 0.1)
+        assert config.run_dir == ""  # the other run's
+    assert config_from(["--config-file", str(file), "--seed", "8"]).seed == 8
+    for words in (["--reflector", "policy"], ["--reflector=policy"], ["--fast.reflector", "policy"]):
+        assert config_from(words).fast.reflector == "policy"

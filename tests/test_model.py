@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fst_fast.errors import UserError
+from fst_fast.model import load_model
+from fst_fast.rollout import torch_engine
+from fst_fast.rollout.torch_engine import check_engine
+from tests.models import save_tiny, tiny
+
+CHAT = [{"role": "system", "content": "use upper case."}, {"role": "user", "content": "a b"}]
+
+
+def with_template(folder: Path, template: str) -> str:
+    save_tiny("llama", folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_an_empty_system_prompt_is_no_message() -> None:
+    model = load_model("")
+    assert model.encode_chat([{"role": "system", "content": ""}, CHAT[1]]) == model.encode_chat(CHAT[1:])
+    assert len(model.encode_chat(CHAT)) > len(model.encode_chat(CHAT[1:]))
+
+
+def test_a_template_without_a_system_role_gets_the_prompt_in_the_users_message(tmp_path: Path) -> None:
+    gemma2_like = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+    )
+    model = load_model(with_template(tmp_path, gemma2_like))
+    text = model.tokenizer.decode(model.encode_chat(CHAT))
+    assert text.replace("Ċ", "\n").split() == ["<user>use", "upper", "case.", "a", "b"]
+
+
+def test_thinking_reaches_the_template(tmp_path: Path) -> None:
+    template = "{{ messages[-1].content }}{% if enable_thinking is defined and not enable_thinking %} no{% endif %}"
+    folder = with_template(tmp_path, template)
+    on, off = load_model(folder), load_model(folder, thinking="off")
+    assert len(off.encode_chat(CHAT)) > len(on.encode_chat(CHAT))
+
+
+def test_a_template_that_takes_nothing_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not take a user message: never"):
+        load_model(with_template(tmp_path, "{{ raise_exception('never') }}"))
+
+
+def test_an_engine_that_attends_otherwise_than_the_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("mistral", tmp_path)
+    check_engine(model)
+    model.window = None  # what an engine does that does not know the window
+    with pytest.raises(UserError, match="log-probs are off by"):
+        check_engine(model)
+
+
+def test_an_architecture_the_engine_cannot_run_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama", tmp_path)
+
+    def broken(*_: object) -> None:
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setattr(torch_engine, "additive", broken)
+    with pytest.raises(UserError, match=r"cannot sample from .*too many values"):
+        check_engine(model)
+
+
+def test_unknown_layers_are_refused(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["layer_types"] = ["linear_attention"] * config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="linear_attention"):
+        load_model(str(tmp_path))
+
+
+def test_the_head_gives_the_models_own_logits(tmp_path: Path) -> None:
+    model = tiny("gemma2", tmp_path)  # tied and softcapped
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.allclose(model.logits(model.hidden(ids)[0]), model.lm(input_ids=ids).logits[0], atol=1e-5)
