@@ -36,7 +36,7 @@ RUNS: dict[str, dict[str, object]] = {
     "fst": SMALL | {"mode": "fst"},
     "rl": SMALL | {"mode": "rl", "stream": f"{DATA}@3,glyph:B@2", "jsonl.verifier": "regex"},
     "gepa": SMALL | {"mode": "gepa"},
-    "rl-then-gepa": NOISE | {"mode": "rl-then-gepa"},
+    "rl-then-gepa": NOISE | {"mode": "rl-then-gepa", "model.dtype": "bfloat16"},
     "fst-distill": SMALL | {"mode": "fst-distill", "checkpoint-every": 1},
     "policy reflector": NOISE | {"mode": "fst"},
 }
