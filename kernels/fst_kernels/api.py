@@ -4,17 +4,19 @@ N tokens, H hidden size, V vocabulary. hidden [N,H] and weight [V,H] are fp32, b
 the arithmetic is fp32, or fp64 if an operand is. The definitions, plain and in float64, are `fst_kernels.reference`.
 """
 
-from types import ModuleType
+import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import ops
 from .autograd import attach_gradients
 from .objective import Objective, PolicyRows, live_sum, ratio_metrics
 from .types import Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
 
-BACKENDS = {"torch": torch_backend}
+HAS_TRITON = find_spec("triton") is not None
+BACKENDS = ("triton", "torch") if HAS_TRITON else ("torch",)
 
 
 def token_logprobs(
@@ -59,14 +61,16 @@ def linear_token_logprobs(
         temperature: a number or [N], dividing the logits after the softcap.
         softcap: c in c · tanh(logits / c).
         chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²³ logits on a CPU.
+        backend: "triton" (fp32 arithmetic on a GPU), "torch", or "auto", triton where it can.
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
     """
-    chosen = _backend(backend, chunk_rows)
     head = Head(hidden, weight, bias, _temperature(temperature), softcap)
     _check_rows(len(hidden), targets=targets)
-    return TokenLogprobs(*chosen.linear_token_logprobs(head, targets, entropy, chunk_rows))
+    chosen = _backend(backend, head, chunk_rows)
+    found = ops.measure(*ops.tensors(head, None), targets, entropy, True, chunk_rows, chosen)
+    return TokenLogprobs(found[0], found[1] if entropy else None, found[-1])
 
 
 def policy_loss(
@@ -157,8 +161,8 @@ def linear_policy_loss(
     (to its `grad_dtype` where that is set). Raises ValueError on arguments that do not fit.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
-    chosen = _backend(backend, chunk_rows)
     head = Head(hidden, weight, bias, _temperature(temperature), softcap)
+    chosen = _backend(backend, head, chunk_rows)
     n, dtype = len(hidden), head.dtype
     _check_rows(n, targets=targets, behavior_logprobs=behavior_logprobs, advantages=advantages)
     ref = None
@@ -173,7 +177,7 @@ def linear_policy_loss(
     inputs = hidden, weight, bias
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     with torch.no_grad():
-        found = chosen.linear_policy_pass(head, ref, batch, chunk_rows, wanted)
+        found = ops.policy_pass(head, ref, batch, chunk_rows, chosen, wanted)
         loss, metrics = batch.loss(found.logprobs, found.entropy, found.kl)
     if any(wanted):
         loss = attach_gradients(loss, inputs, found.gradients)
@@ -201,21 +205,34 @@ def linear_kl(
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f'direction={direction!r} is unknown: use "forward" or "reverse"')
-    chosen = _backend(backend, chunk_rows)
     p = Head(hidden_p, weight_p, bias_p, _temperature(temperature), softcap)
-    return chosen.linear_kl(p, _reference(p, hidden_q, weight_q, bias_q), direction, chunk_rows)
+    q = _reference(p, hidden_q, weight_q, bias_q)
+    chosen = _backend(backend, p, chunk_rows)
+    return ops.measure(*ops.tensors(p, q), None, False, direction == "forward", chunk_rows, chosen)[0]
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _backend(name: str, chunk_rows: int | None) -> ModuleType:
+def _backend(name: str, head: Head, chunk_rows: int | None) -> str:
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    chosen = BACKENDS.get("torch" if name == "auto" else name)
-    if chosen is None:
+    if name == "auto":
+        return "triton" if _triton_is_best(head) else "torch"
+    if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not available: use one of {('auto', *BACKENDS)}")
-    return chosen
+    if name == "triton" and head.dtype != torch.float32:
+        raise ValueError("backend='triton' computes in fp32: use 'torch' for fp64 operands")
+    if name == "triton" and not (head.hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(
+            f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1, set before triton is imported),"
+            f" got hidden on {head.hidden.device}"
+        )
+    return name
+
+
+def _triton_is_best(head: Head) -> bool:
+    return HAS_TRITON and head.hidden.is_cuda and head.dtype == torch.float32
 
 
 def _temperature(temperature: float | Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A fused kernel needs only the slope, since d loss / d logits = slope · (onehot − softmax): one pass serves every kind.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -52,16 +53,25 @@ class Objective:
         if self.kind == "ppo" and not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
             raise ValueError(f"need 0 <= clip_low <= 1 and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which ρ is clipped."""
+        if self.kind == "ppo":
+            return 1 - self.clip_low, 1 + self.clip_high
+        if self.kind == "cispo" and self.weight_max is not None:
+            return self.weight_min, self.weight_max
+        return 0.0, math.inf
+
     def terms(self, logprobs: Tensor, behavior_logprobs: Tensor, advantages: Tensor) -> TokenTerms:
         log_ratio = logprobs - behavior_logprobs
         ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
         if self.kind == "ppo":
             surrogate = ratio * advantages
-            pessimistic = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantages
+            pessimistic = ratio.clamp(*self.bounds) * advantages
             clipped = surrogate > pessimistic
             flat = clipped | (log_ratio > MAX_LOG_RATIO)  # where ρ is capped it is constant
             return TokenTerms(-torch.minimum(surrogate, pessimistic), torch.where(flat, 0, -surrogate), ratio, clipped)
-        weight = ratio.clamp(self.weight_min, self.weight_max) if self.kind == "cispo" else torch.ones_like(ratio)
+        weight = ratio.clamp(*self.bounds) if self.kind == "cispo" else torch.ones_like(ratio)
         slope = -weight * advantages
         loss = torch.where(slope == 0, 0, slope * logprobs)  # an impossible token has ρ = 0, log π = −inf
         clipped = weight != ratio if self.kind == "cispo" else torch.zeros_like(ratio, dtype=torch.bool)
@@ -89,14 +99,26 @@ class PolicyRows:
         can = self.live & (self.weights != 0)
         return can if self.entropy_coef != 0 or self.kl_coef != 0 else can & (self.advantages != 0)
 
-    def slopes(self, rows: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """d loss / d (logprobs, entropy, KL) of these rows (n,), given their logprobs; None for a term that is off."""
-        weights = self.weights[rows]
-        terms = self.objective.terms(logprobs, self.behavior_logprobs[rows], self.advantages[rows])
+    def at(self, rows: Tensor) -> "PolicyRows":
+        """The batch of these rows (n,) alone."""
+        return replace(
+            self,
+            targets=self.targets[rows],
+            behavior_logprobs=self.behavior_logprobs[rows],
+            advantages=self.advantages[rows],
+            live=self.live[rows],
+            weights=self.weights[rows],
+        )
+
+    def logprob_slopes(self, logprobs: Tensor) -> Tensor:
+        """d loss / d logprobs (N,)."""
+        return self.weights * self.objective.terms(logprobs, self.behavior_logprobs, self.advantages).slope
+
+    def term_slopes(self) -> tuple[Tensor | None, Tensor | None]:
+        """d loss / d (entropy, KL), each (N,); None for a term that is off."""
         return (
-            weights * terms.slope,
-            -self.entropy_coef * weights if self.entropy_coef != 0 else None,
-            self.kl_coef * weights if self.kl_coef != 0 else None,
+            -self.entropy_coef * self.weights if self.entropy_coef != 0 else None,
+            self.kl_coef * self.weights if self.kl_coef != 0 else None,
         )
 
     def loss(self, logprobs: Tensor, entropy: Tensor, kl: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,0 +1,222 @@
+"""The row kernel: one program measures one row of logits and turns it into its gradient; two reads, one write.
+
+First pass: running maximum, sum and expectations in every lane, joined at the end. Between the passes the row's
+log-prob gives its ratio and coefficient (`Objective`, in scalars). Second pass: the gradient, over the logits.
+"""
+# mypy: allow-untyped-defs, no-check-untyped-defs
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # where maxima start: unlike −inf, finite minus it is never NaN
+
+
+@triton.jit
+def _tanh(u):
+    e = tl.exp(-2.0 * tl.abs(u))
+    far = (1.0 - e) / (1.0 + e)
+    far = tl.where(u < 0, -far, far)
+    s = u * u  # near 0 that cancels: Cephes' tanhf polynomial
+    near = -5.70498872745e-3 * s + 2.06390887954e-2
+    near = near * s - 5.37397155531e-2
+    near = near * s + 1.33314422036e-1
+    near = near * s - 3.33332819422e-1
+    return tl.where(tl.abs(u) < 0.625, near * s * u + u, far)
+
+
+@triton.jit
+def _read(logits, bias, at, width, V):
+    """The head's logits at these columns; anything from V on."""
+    z = tl.load(logits + at, mask=at < width, other=0.0)  # width keeps the vector loads that a mask of V would break
+    if bias is not None:
+        z += tl.load(bias + at, mask=at < V, other=0.0).to(tl.float32)
+    return z
+
+
+@triton.jit
+def _shape(z, temperature, softcap, at, V, CAPPED: tl.constexpr):
+    """Logits after softcap and temperature; −inf from V on."""
+    if CAPPED:
+        z = softcap * _tanh(tl.div_rn(z, softcap))
+    if temperature is not None:
+        z = tl.div_rn(z, temperature)  # `/` may be 2 ulp off: 8e-6 at a logit of 40
+    return tl.where(at < V, z, float("-inf"))
+
+
+@triton.jit
+def _product(weight, value):
+    """weight · value, 0 where the weight is 0 whatever the value: items of probability 0 count nothing."""
+    return tl.where(weight == 0, 0.0, weight * value)
+
+
+@triton.jit
+def _slope(logprob, behavior, advantage, low, high, KIND: tl.constexpr):
+    """d loss / d log-prob of one token: `Objective.terms`. Written with `where`, which keeps a NaN."""
+    log_ratio = logprob - behavior
+    ratio = tl.exp(tl.where(log_ratio > 20.0, 20.0, log_ratio))
+    weight = tl.where(ratio < low, low, ratio)
+    weight = tl.where(weight > high, high, weight)
+    if KIND == "ppo":
+        flat = (ratio * advantage > weight * advantage) | (log_ratio > 20.0)
+        return tl.where(flat, 0.0, -ratio * advantage)
+    if KIND == "cispo":
+        return -weight * advantage
+    return -advantage
+
+
+@triton.jit
+def row_kernel(
+    logits,  # (n, width) fp32: V logits and padding of any content
+    ref_logits,  # the same of the KL's reference, or None
+    bias,  # (V,) or None
+    ref_bias,
+    grad,  # (n, grad_stride) bf16 or fp32, may be the storage of logits; None: measure only
+    targets,  # (n,) int64 or None
+    temperature,  # (n,) or None
+    logprobs_out,  # (n,) each, None where nobody asks
+    entropy_out,
+    kl_out,
+    logsumexp_out,
+    of_logprobs,  # (n,) slopes of the loss in the four measures, None for 0
+    of_entropy,
+    of_kl,
+    of_logsumexp,
+    behavior,  # (n,) what the slope in the log-prob is made of, unless KIND is "given"
+    advantages,
+    weights,
+    low,  # the ratio's bounds
+    high,
+    softcap,
+    V,
+    width,
+    grad_stride,
+    KIND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FORWARD_KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * width
+    if ref_logits is not None:
+        ref_logits += row * width
+    if temperature is not None:
+        temperature = tl.load(temperature + row)
+    lanes = tl.arange(0, BLOCK)
+
+    peak = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)  # Σ exp(x − peak)
+    moment = tl.zeros([BLOCK], tl.float32)  # Σ exp(x − peak) (x − peak)
+    gap = tl.zeros([BLOCK], tl.float32)  # Σ exp(x − peak) (x − y), y of the reference; reverse KL: x and y swapped
+    forbidden = tl.zeros([BLOCK], tl.int32)  # items possible here and impossible there: the KL is infinite
+    ref_peak = tl.full([BLOCK], LOWEST, tl.float32)
+    ref_total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + lanes
+        x = _shape(_read(logits, bias, at, width, V), temperature, softcap, at, V, CAPPED)
+        d = x - peak
+        rises = d > 0
+        e = tl.exp(-tl.abs(d))
+        old, new = tl.where(rises, e, 1.0), tl.where(rises, 1.0, e)
+        peak = tl.where(rises, x, peak)
+        if entropy_out is not None or of_entropy is not None:
+            moment = tl.where(rises, e * (moment - d * total), moment + _product(e, d))
+        total = old * total + new
+        if ref_logits is not None:
+            y = _shape(_read(ref_logits, ref_bias, at, width, V), temperature, softcap, at, V, CAPPED)
+            d = y - ref_peak
+            rises = d > 0
+            e = tl.exp(-tl.abs(d))
+            ref_old, ref_new = tl.where(rises, e, 1.0), tl.where(rises, 1.0, e)
+            ref_peak = tl.where(rises, y, ref_peak)
+            ref_total = ref_old * ref_total + ref_new
+            if FORWARD_KL:
+                bad = (y == float("-inf")) & (x > float("-inf"))
+                gap = old * gap + tl.where((x == float("-inf")) | bad, 0.0, new * (x - y))
+            else:
+                bad = (x == float("-inf")) & (y > float("-inf"))
+                gap = ref_old * gap + tl.where((y == float("-inf")) | bad, 0.0, ref_new * (y - x))
+            forbidden = forbidden | bad.to(tl.int32)
+
+    row_peak = tl.max(peak, 0)
+    scale = tl.exp(peak - row_peak)
+    row_total = tl.sum(scale * total, 0)
+    log_total = tl.log(row_total)
+    entropy = 0.0
+    if entropy_out is not None or of_entropy is not None:
+        entropy = log_total - tl.sum(scale * (moment + (peak - row_peak) * total), 0) / row_total
+    kl, ref_row_peak, ref_log_total = 0.0, 0.0, 0.0
+    if ref_logits is not None:
+        ref_row_peak = tl.max(ref_peak, 0)
+        ref_scale = tl.exp(ref_peak - ref_row_peak)
+        ref_row_total = tl.sum(ref_scale * ref_total, 0)
+        ref_log_total = tl.log(ref_row_total)
+        if FORWARD_KL:
+            kl = tl.sum(scale * gap, 0) / row_total + (ref_row_peak - row_peak) + (ref_log_total - log_total)
+        else:
+            kl = tl.sum(ref_scale * gap, 0) / ref_row_total + (row_peak - ref_row_peak) + (log_total - ref_log_total)
+        kl = tl.where(tl.max(forbidden, 0) > 0, float("inf"), kl)
+    target, logprob = -1, 0.0
+    if targets is not None:
+        target = tl.load(targets + row)
+        inside = (target >= 0) & (target < V)
+        place = tl.where(inside, target, 0)
+        chosen = _shape(_read(logits, bias, place, width, V), temperature, softcap, place, V, CAPPED)
+        logprob = tl.where(inside, chosen - row_peak - log_total, float("nan"))
+
+    if logprobs_out is not None:
+        tl.store(logprobs_out + row, logprob)
+    if entropy_out is not None:
+        tl.store(entropy_out + row, entropy)
+    if kl_out is not None:
+        tl.store(kl_out + row, kl)
+    if logsumexp_out is not None:
+        tl.store(logsumexp_out + row, row_peak + log_total)
+
+    if grad is not None:
+        grad += row * grad_stride
+        on_target, on_entropy, on_kl, on_probs = 0.0, 0.0, 0.0, 0.0
+        if KIND != "given":
+            slope = _slope(logprob, tl.load(behavior + row), tl.load(advantages + row), low, high, KIND)
+            on_target = tl.load(weights + row) * slope
+        elif of_logprobs is not None:
+            on_target = tl.load(of_logprobs + row)
+        if of_logsumexp is not None:
+            on_probs = tl.load(of_logsumexp + row)
+        on_probs -= on_target
+        if of_entropy is not None:
+            on_entropy = tl.load(of_entropy + row)
+            on_probs -= on_entropy * entropy
+        if of_kl is not None:
+            on_kl = tl.load(of_kl + row)
+            if FORWARD_KL:
+                on_probs -= on_kl * kl
+            else:
+                on_probs += on_kl
+        for start in range(0, V, BLOCK):
+            at = start + lanes
+            z = _read(logits, bias, at, width, V)
+            x = _shape(z, temperature, softcap, at, V, CAPPED) - row_peak
+            probs = tl.exp(x) * (1.0 / row_total)
+            logs = x - log_total
+            on_item = tl.full([BLOCK], 0.0, tl.float32) + on_probs
+            if of_entropy is not None:
+                on_item -= on_entropy * logs
+            ref_probs = tl.zeros([BLOCK], tl.float32)
+            if of_kl is not None:
+                y = _shape(_read(ref_logits, ref_bias, at, width, V), temperature, softcap, at, V, CAPPED)
+                y -= ref_row_peak
+                if FORWARD_KL:
+                    on_item += on_kl * (logs - (y - ref_log_total))
+                else:
+                    ref_probs = tl.exp(y - ref_log_total)
+            g = _product(probs, on_item) - on_kl * ref_probs + tl.where(at == target, on_target, 0.0)
+            if temperature is not None:
+                g *= 1.0 / temperature
+            if CAPPED:
+                e = tl.exp(-2.0 * tl.abs(tl.div_rn(z, softcap)))
+                g *= 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 − tanh² would lose its digits where the cap saturates
+            if grad.dtype.element_ty != tl.float32:
+                # A narrower gradient of a row in its own logits' storage reaches back over logits that other threads
+                # of this program read a block ago, never over ones still to be read.
+                tl.debug_barrier()
+            tl.store(grad + at, g.to(grad.dtype.element_ty), mask=at < width)

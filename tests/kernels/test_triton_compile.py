@@ -1,0 +1,158 @@
+"""Every launch of the Triton backend, compiled for Hopper without a Hopper: registers, spills, width of accesses."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fst_kernels.blocks import Ask, Measures, Multiplier
+from fst_kernels.objective import Objective, PolicyRows
+from fst_kernels.types import Head
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+if not (TOOLS / "ptxas").exists():
+    pytest.skip("this triton has no compiler for NVIDIA", allow_module_level=True)
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+PLAIN: dict[str, Any] = {"kind": "cispo", "grad_dtype": torch.bfloat16}
+EVERYTHING: dict[str, Any] = {"entropy": 0.1, "kl": 0.1, "softcap": 30.0, "temperature": "per token", "bias": True}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "cispo": PLAIN,
+    "ppo": PLAIN | {"kind": "ppo"},
+    "reinforce": PLAIN | {"kind": "reinforce"},
+    "fp32": PLAIN | {"grad_dtype": torch.float32},
+    "entropy": PLAIN | {"entropy": 0.1},
+    "temperature": PLAIN | {"temperature": "one"},
+    "softcap": PLAIN | {"softcap": 30.0},
+    "kl-measured": PLAIN | {"kl": 0.0},
+    "kl": PLAIN | {"kl": 0.1},
+    "everything": PLAIN | EVERYTHING,
+    "everything-fp32": PLAIN | EVERYTHING | {"grad_dtype": torch.float32},
+    "measure": {"kind": None},
+    "measure-everything": EVERYTHING | {"kind": None},
+    "measure-backward": PLAIN | {"kind": "given"},
+    "measure-backward-everything": PLAIN | EVERYTHING | {"kind": "given"},
+    "reverse-kl": PLAIN | EVERYTHING | {"kind": "given", "forward_kl": False},
+}
+
+
+class Recorder:
+    """Stands in for the kernel and keeps what it is launched with."""
+
+    def __init__(self) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.options: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert grid == (4,)
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        self.args, self.options = args, options
+
+
+def _launch(
+    kind: str | None,
+    grad_dtype: torch.dtype = torch.float32,
+    entropy: float | None = None,
+    kl: float | None = None,
+    softcap: float | None = None,
+    temperature: str | None = None,
+    bias: bool = False,
+    forward_kl: bool = True,
+    v: int = 1001,
+) -> Recorder:
+    """One row step of this configuration, recorded instead of run."""
+    from fst_kernels import triton_backend
+
+    temperatures = {None: torch.tensor(1.0), "one": torch.tensor(0.6), "per token": torch.ones(4)}
+    head = Head(
+        torch.ones(4, 3),
+        torch.ones(v, 3),
+        torch.ones(v, dtype=torch.bfloat16) if bias else None,
+        temperatures[temperature],
+        softcap,
+    )
+    policy, n = Multiplier(head, torch.float32), torch.ones(4)
+    targets = torch.zeros(4, dtype=torch.int64)
+    upstream: Measures | PolicyRows | None = None
+    if kind == "given":
+        upstream = Measures(n, n if entropy else None, n if kl else None, n)
+    elif kind is not None:
+        objective = Objective(kind, 0.0, 4.0)
+        upstream = PolicyRows(targets, n, n, n > 0, n, objective, entropy or 0.0, kl or 0.0)
+    ask = Ask(targets, kind not in (None, "given") or bool(entropy), None if kl is None else policy, forward_kl)
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "row_kernel", recorder)
+        triton_backend.row_step(policy, torch.arange(4), ask, upstream, grad_dtype)
+    return recorder
+
+
+def _compile(recorder: Recorder) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fst_kernels.triton_kernels import row_kernel
+
+    names = row_kernel.arg_names
+    given = dict(zip(names, recorder.args, strict=False)) | recorder.options
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        value = given[name]
+        if value is None or i >= len(recorder.args):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (signature[name] == "i32" and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {k: v for k, v in recorder.options.items() if k not in names}
+    source = ASTSource(fn=row_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def _inspect(kernel: Any, folder: Path) -> tuple[int, str, str]:
+    """(registers, ptxas's report, machine code), assembled for sm_90a."""
+    (folder / "k.ptx").write_text(kernel.asm["ptx"])
+    command = [TOOLS / "ptxas", "-v", "--gpu-name", "sm_90a", folder / "k.ptx", "-o", folder / "k.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    code = ""
+    if (TOOLS / "nvdisasm").exists():
+        command = [TOOLS / "nvdisasm", "-c", folder / "k.cubin"]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"Used (\d+) registers", report)
+    assert found
+    return int(found[1]), report, code
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_launch_compiles_for_hopper_without_spills(name: str, tmp_path: Path) -> None:
+    options = CONFIGURATIONS[name]
+    kernel = _compile(_launch(**options))
+    registers, report, code = _inspect(kernel, tmp_path)
+    print(f"{name}: {registers} registers, {kernel.metadata.shared} bytes of shared memory")
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+    assert registers <= 80  # three programs of 256 threads a multiprocessor at least
+    assert kernel.metadata.shared <= 16384  # bytes, of 228 KB for five programs
+    if code:
+        assert not re.search(r"\b(LDL|STL|ATOM|RED)\b", code)
+        # 16 bytes a load of logits whatever V is, here 1001; so too the stores of the gradient.
+        assert code.count("LDG.E.128") >= (2 if options["kind"] is None else 3)
+        assert bool(re.search(r"STG\.E\.(128|64)", code)) == (options["kind"] is not None)
+
+
+def test_a_narrow_gradient_waits_for_the_whole_program_before_it_overwrites_logits(tmp_path: Path) -> None:
+    _, _, code = _inspect(_compile(_launch(**PLAIN)), tmp_path)
+    if not code:
+        pytest.skip("this triton has no disassembler")
+    events = re.findall(r"LDG\.E\.128|BAR\.SYNC|STG\.E\.128", code)
+    store = events.index("STG.E.128")
+    assert events[store - 1] == "BAR.SYNC"
+    assert events[store - 2] == "LDG.E.128"
