@@ -9,6 +9,14 @@ setup(
             ["csrc/prefix_tree.cpp"],
             extra_compile_args=["-O3", "-std=c++17"],
             optional=True,
-        )
+        ),
+        Extension(
+            "fst_kernels._csrc",  # likewise; picks AVX-512, AVX2 or neither at run time, so it may travel in a wheel
+            ["csrc/policy_rows.cpp"],
+            depends=["csrc/policy_rows_kernel.h"],
+            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast", "-pthread"],
+            extra_link_args=["-pthread"],
+            optional=True,
+        ),
     ]
 )

@@ -9,12 +9,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import cpu_backend, torch_backend
 from .autograd import attach_gradients
 from .objective import Objective, PolicyRows, live_sum, ratio_metrics
 from .types import Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
 
-BACKENDS = {"torch": torch_backend}
+BACKENDS = {"torch": torch_backend, "cpu": cpu_backend}
 
 
 def token_logprobs(
@@ -63,8 +63,8 @@ def linear_token_logprobs(
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
     """
-    chosen = _backend(backend, chunk_rows)
     head = Head(hidden, weight, bias, _temperature(temperature), softcap)
+    chosen = _backend(backend, chunk_rows, head)
     _check_rows(len(hidden), targets=targets)
     return TokenLogprobs(*chosen.linear_token_logprobs(head, targets, entropy, chunk_rows))
 
@@ -157,8 +157,8 @@ def linear_policy_loss(
     (to its `grad_dtype` where that is set). Raises ValueError on arguments that do not fit.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
-    chosen = _backend(backend, chunk_rows)
     head = Head(hidden, weight, bias, _temperature(temperature), softcap)
+    chosen = _backend(backend, chunk_rows, head)
     n, dtype = len(hidden), head.dtype
     _check_rows(n, targets=targets, behavior_logprobs=behavior_logprobs, advantages=advantages)
     ref = None
@@ -201,21 +201,24 @@ def linear_kl(
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f'direction={direction!r} is unknown: use "forward" or "reverse"')
-    chosen = _backend(backend, chunk_rows)
     p = Head(hidden_p, weight_p, bias_p, _temperature(temperature), softcap)
-    return chosen.linear_kl(p, _reference(p, hidden_q, weight_q, bias_q), direction, chunk_rows)
+    q = _reference(p, hidden_q, weight_q, bias_q)
+    return _backend(backend, chunk_rows, p).linear_kl(p, q, direction, chunk_rows)
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _backend(name: str, chunk_rows: int | None) -> ModuleType:
+def _backend(name: str, chunk_rows: int | None, head: Head) -> ModuleType:
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    chosen = BACKENDS.get("torch" if name == "auto" else name)
-    if chosen is None:
+    if name == "auto":
+        name = "cpu" if cpu_backend.suits(head) else "torch"
+    if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not available: use one of {('auto', *BACKENDS)}")
-    return chosen
+    if name == "cpu" and (reason := cpu_backend.refusal(head)):
+        raise ValueError(f"backend='cpu' is not available: {reason}")
+    return BACKENDS[name]
 
 
 def _temperature(temperature: float | Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 First a head's products and a block of rows; then each op: algorithm, autograd wrapper, functional face.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def _weighted(probs: Tensor, logs: Tensor) -> Tensor:
     return logs.mul_(probs).masked_fill_(probs == 0, 0)
 
 
-class _Measures(NamedTuple):
+class Measures(NamedTuple):
     """What is measured under a softmax, or the gradient in it; per token, None where nobody asks."""
 
     logprobs: Tensor | None = None
@@ -100,9 +101,9 @@ class _Block:
         if entropy:
             self.entropy_slope = _weighted(self.probs, logs).neg_()  # −p log p − p H
             entropies = self.entropy_center = self.entropy_slope.sum(-1)
-        self.measures = _Measures(logprobs, entropies, kl, logsumexp)
+        self.measures = Measures(logprobs, entropies, kl, logsumexp)
 
-    def gradient(self, upstream: _Measures) -> Tensor:
+    def gradient(self, upstream: Measures) -> Tensor:
         """Σ upstream · d measures / d logits (n, V). Overwrites the block."""
         on_probs = torch.zeros_like(self.probs[:, 0])
         if upstream.logprobs is not None:
@@ -154,7 +155,7 @@ class _HeadGradients:
         return self.hidden, self.weight, self.bias
 
 
-def _split(rows: Tensor, chunk_rows: int | None, head: Head) -> tuple[Tensor, ...]:
+def split(rows: Tensor, chunk_rows: int | None, head: Head) -> tuple[Tensor, ...]:
     """Blocks of row numbers, large enough that updating the weight gradient costs little beside its product."""
     default = 4096 if head.weight.is_cuda else max(256, 2**23 // max(1, len(head.weight)))
     return rows.split(chunk_rows or default)
@@ -165,14 +166,14 @@ def _split(rows: Tensor, chunk_rows: int | None, head: Head) -> tuple[Tensor, ..
 
 def _measure(
     head: Head, targets: Tensor | None, ref: Head | None, entropy: bool, forward_kl: bool, chunk_rows: int | None
-) -> _Measures:
+) -> Measures:
     policy, reference = _Multiplier(head, head.dtype), None if ref is None else _Multiplier(ref, head.dtype)
     rows_of_all = torch.arange(len(head.hidden), device=head.hidden.device)
     blocks = (
         _Block(policy, rows, targets, entropy, reference, forward_kl).measures
-        for rows in _split(rows_of_all, chunk_rows, head)
+        for rows in split(rows_of_all, chunk_rows, head)
     )
-    return _Measures(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    return Measures(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
 def _measure_backward(
@@ -181,7 +182,7 @@ def _measure_backward(
     ref: Head | None,
     forward_kl: bool,
     chunk_rows: int | None,
-    upstream: _Measures,
+    upstream: Measures,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     policy, reference = _Multiplier(head, head.dtype), None if ref is None else _Multiplier(ref, head.dtype)
@@ -189,32 +190,44 @@ def _measure_backward(
     used = torch.zeros(len(head.hidden), dtype=torch.bool, device=head.hidden.device)
     for g in upstream:
         used = used if g is None else used | (g != 0)
-    for rows in _split(used.nonzero().squeeze(1), chunk_rows, head):
+    for rows in split(used.nonzero().squeeze(1), chunk_rows, head):
         block = _Block(policy, rows, targets, upstream.entropy is not None, reference, forward_kl)
-        of_rows = _Measures(*(None if g is None else g[rows] for g in upstream))
+        of_rows = Measures(*(None if g is None else g[rows] for g in upstream))
         gradients.add(rows, block.gradient(of_rows), block.softcap_slope)
         del block  # before the next one is built
     return gradients.all()
+
+
+class Engine(NamedTuple):
+    """How a backend computes what `_Measure` differentiates."""
+
+    measure: Callable[..., Measures]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+ENGINE = Engine(_measure, _measure_backward)
 
 
 class _Measure(torch.autograd.Function):
     """Tensors: hidden, weight, bias, temperature, targets, ref_hidden, ref_weight, ref_bias."""
 
     @staticmethod
-    def forward(ctx: Any, options: tuple[float | None, bool, bool, int | None], *tensors: Tensor | None) -> _Measures:
+    def forward(
+        ctx: Any, options: tuple[Engine, float | None, bool, bool, int | None], *tensors: Tensor | None
+    ) -> Measures:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.options = options
-        softcap, entropy, forward_kl, chunk_rows = options
-        return _measure(*_Measure.heads(softcap, *tensors), entropy, forward_kl, chunk_rows)
+        engine, softcap, entropy, forward_kl, chunk_rows = options
+        return engine.measure(*_Measure.heads(softcap, *tensors), entropy, forward_kl, chunk_rows)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         reject_second_order("a fused log-prob or KL")
-        softcap, _, forward_kl, chunk_rows = ctx.options
+        engine, softcap, _, forward_kl, chunk_rows = ctx.options
         head, targets, ref = _Measure.heads(softcap, *ctx.saved_tensors)
         wanted = ctx.needs_input_grad[1:4]
-        grads = _measure_backward(head, targets, ref, forward_kl, chunk_rows, _Measures(*upstream), wanted)
+        grads = engine.backward(head, targets, ref, forward_kl, chunk_rows, Measures(*upstream), wanted)
         return None, *grads, *[None] * 5
 
     @staticmethod
@@ -226,18 +239,18 @@ class _Measure(torch.autograd.Function):
 
 
 def linear_token_logprobs(
-    head: Head, targets: Tensor, entropy: bool, chunk_rows: int | None
+    head: Head, targets: Tensor, entropy: bool, chunk_rows: int | None, engine: Engine = ENGINE
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(logprobs, entropy, logsumexp), each (N,), differentiable in hidden, weight and bias."""
     tensors = head.hidden, head.weight, head.bias, head.temperature, targets, None, None, None
-    logprobs, entropies, _, logsumexp = _Measure.apply((head.softcap, entropy, True, chunk_rows), *tensors)
+    logprobs, entropies, _, logsumexp = _Measure.apply((engine, head.softcap, entropy, True, chunk_rows), *tensors)
     return logprobs, entropies, logsumexp
 
 
-def linear_kl(p: Head, q: Head, direction: str, chunk_rows: int | None) -> Tensor:
+def linear_kl(p: Head, q: Head, direction: str, chunk_rows: int | None, engine: Engine = ENGINE) -> Tensor:
     """Exact KL per token (N,), differentiable in p; p and q share temperature and softcap."""
     tensors = p.hidden, p.weight, p.bias, p.temperature, None, q.hidden, q.weight, q.bias
-    return _Measure.apply((p.softcap, False, direction == "forward", chunk_rows), *tensors)[2]
+    return _Measure.apply((engine, p.softcap, False, direction == "forward", chunk_rows), *tensors)[2]
 
 
 # ---- the policy loss: the gradient is taken while the logits are there, 3 products, 4 with a reference --------------
@@ -262,7 +275,7 @@ def linear_policy_pass(
     kl = None if ref is None else torch.zeros_like(batch.weights)
     learning = batch.learning() & any(wanted)
     for learns, chosen in ((True, learning), (False, batch.live & ~learning)):
-        for rows in _split(chosen.nonzero().squeeze(1), chunk_rows, head):
+        for rows in split(chosen.nonzero().squeeze(1), chunk_rows, head):
             block = _Block(policy, rows, batch.targets, True, reference)
             found = block.measures
             assert found.logprobs is not None
@@ -271,7 +284,7 @@ def linear_policy_pass(
             if kl is not None and found.kl is not None:
                 kl[rows] = found.kl
             if learns:
-                upstream = _Measures(*batch.slopes(rows, found.logprobs))
+                upstream = Measures(*batch.slopes(rows, found.logprobs))
                 gradients.add(rows, block.gradient(upstream), block.softcap_slope)
             del block  # before the next one is built
     return PolicyPass(logprobs, entropy, kl, gradients.all())

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fst_kernels import PolicyLoss, reference
+from fst_kernels import PolicyLoss, cpu_backend, reference
+
+not_built = pytest.mark.skipif(cpu_backend.library() is None, reason="fst_kernels._csrc is not built")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,6 +21,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["torch", pytest.param("cpu", marks=not_built)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What "auto" means in a module that uses this fixture: every test in it runs once with each backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_backend, "suits", lambda head: request.param == "cpu" and not cpu_backend.refusal(head))
+        yield request.param
 
 
 @dataclass

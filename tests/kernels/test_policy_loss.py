@@ -13,6 +13,7 @@ from fst_kernels import linear_policy_loss, policy_loss, reference
 
 KINDS = ("cispo", "ppo", "reinforce")
 Fixture = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fst_kernels import kl_estimate, linear_kl, linear_token_logprobs, reference, token_logprobs
 
 Fixture = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def assert_same_measures(ours: Any, truth: Any, inputs: tuple[torch.Tensor, ...], assert_close: Fixture) -> None:
