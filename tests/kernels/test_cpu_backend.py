@@ -1,4 +1,4 @@
-"""The compiled rows: every instruction set, exp over its whole range, any tiling and threads; and doing without them."""
+"""The compiled rows: every instruction set, exp over its whole range, any tiling, any threads; and their lack."""
 
 import math
 import warnings
