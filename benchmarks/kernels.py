@@ -5,7 +5,8 @@
 
 Per contender: median seconds of forward + backward, its ratio to the best peer and to the floor (torch's time for the 3
 products of the live rows), peak memory beyond inputs and gradients, and errors against float64 on 256 of the rows. A
-contender that does not run is listed with its reason.
+contender that does not run is listed with its reason. On a CPU the ratios are also given for CPU seconds, all threads
+together: other people's load moves them less.
 """
 
 from __future__ import annotations
@@ -295,14 +296,18 @@ def errors_of(p: Problem, contenders: dict[str, Callable[[Problem], Tensor]]) ->
     return found
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):  # the first round warms up
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, dict[str, list[float]]]:
+    """Of every round but the first, which warms up: wall seconds, and the process's CPU seconds."""
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 1):
         for name, call in calls.items():
+            before = time.process_time()
             taken = seconds_of(call, device)
             if round_:
-                seconds[name].append(taken)
-    return seconds
+                wall[name].append(taken)
+                cpu[name].append(time.process_time() - before)
+    return {"seconds": wall, "cpu_seconds": cpu}
 
 
 def reset(p: Problem) -> None:
@@ -336,12 +341,12 @@ def run_loss(shape: Shape, live: float, args: argparse.Namespace, device: str) -
         reset(p)
     products = floor_of(p)
     calls: dict[str, Callable[[], object]] = {"floor": products, **{k: step(f) for k, f in contenders.items()}}
-    seconds = interleaved(calls, args.rounds, device)
+    times = interleaved(calls, args.rounds, device)
     reset(p)
     return {
         "op": "loss forward + backward",
         "live": live,
-        "seconds": seconds,
+        **times,
         "memory": memory,
         "errors": errors_of(p, contenders),
         "failed": failed,
@@ -364,26 +369,33 @@ def run_logprobs(shape: Shape, args: argparse.Namespace, device: str) -> dict[st
     operands = (p.hidden.float(), p.weight.float()) if device == "cpu" else (p.hidden, p.weight)
     rows = max(256, 2**23 // shape.v) if device == "cpu" else 4096
     calls["floor"] = lambda: [part @ operands[1].T for part in operands[0].split(rows)].clear()
-    seconds = interleaved(calls, args.rounds, device)
-    measured = {"seconds": seconds, "memory": memory, "errors": errors, "failed": {}}
+    times = interleaved(calls, args.rounds, device)
+    measured = {**times, "memory": memory, "errors": errors, "failed": {}}
     return {"op": "log-probs, no gradient", "live": 1.0, **measured}
 
 
 # ---- reports -------------------------------------------------------------------------------------------------------
 
 
-def table(result: dict[str, Any]) -> Iterator[str]:
-    medians = {k: statistics.median(x) for k, x in result["seconds"].items()}
-    floor = medians.pop("floor")
-    peers = {k: x for k, x in medians.items() if not k.startswith("fst_kernels")}
-    best = min(peers.values(), default=float("nan"))
-    yield f"{result['op']}, {result['live']:.0%} of the rows live; the products alone {floor:.4f} s"
-    yield f"  {'':28} {'median s':>9} {'best peer/it':>13} {'it/floor':>9} {'peak MB':>8}  error"
-    for name, value in medians.items():
+def table(result: dict[str, Any], gpu: bool) -> Iterator[str]:
+    clocks = ["seconds"] if gpu else ["seconds", "cpu_seconds"]
+    medians = [{k: statistics.median(x) for k, x in result[clock].items()} for clock in clocks]
+    names = [name for name in medians[0] if name != "floor"]
+    peers = [name for name in names if not name.startswith("fst_kernels")]
+    floors = " / ".join(f"{m['floor']:.3f}" for m in medians)
+    yield f"{result['op']}, {result['live']:.0%} of the rows live; the products alone {floors} s"
+    heads = "".join(f"{x:>8} {'best peer/it':>13} {'it/floor':>9}" for x in ("wall s", "CPU s")[: len(clocks)])
+    yield f"  {'':28}{heads} {'peak MB':>8}  error"
+    for name in names:
+        best = [min((m[x] for x in peers), default=float("nan")) for m in medians]
+        times = "".join(
+            f"{m[name]:8.3f} {b / m[name]:12.2f}x {m[name] / m['floor']:8.2f}x"
+            for m, b in zip(medians, best, strict=True)
+        )
         peak = result["memory"][name]
         shown = "?" if peak is None else f"{peak / 1e6:.0f}"
         errors = ", ".join(f"{k} {x:.1e}" for k, x in result["errors"][name].items())
-        yield f"  {name:28} {value:9.4f} {best / value:12.2f}x {value / floor:8.2f}x {shown:>8}  {errors}"
+        yield f"  {name:28}{times} {shown:>8}  {errors}"
     for name, reason in result["failed"].items():
         yield f"  {name:28} not run: {reason}"
 
@@ -446,7 +458,7 @@ def main() -> None:
     results = []
     for live in (*args.live, None):
         results.append(run_logprobs(shape, args, device) if live is None else run_loss(shape, live, args, device))
-        print("\n".join(table(results[-1])), flush=True)
+        print("\n".join(table(results[-1], gpu)), flush=True)
     if args.json:
         about = {"title": title, "shape": vars(shape), "dtype": str(args.dtype), **hardware(device)}
         args.json.write_text(json.dumps({**about, "copy_bytes_per_s": bandwidth, "results": results}, indent=1))

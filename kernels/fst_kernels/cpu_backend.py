@@ -233,6 +233,8 @@ class _Workspace:
     ) -> None:
         self.head, self.ref = _Multiplier(head), None if ref is None else _Multiplier(ref)
         self.targets, self.forward_kl = targets, forward_kl
+        if chunk_rows is None and head.weight.dtype != torch.float32:  # every block casts the head twice
+            chunk_rows = max(256, 2**24 // max(1, len(head.weight)))
         self.parts = split(rows, chunk_rows, head)
         shape = max(len(part) for part in self.parts), len(head.weight)
         self.buffer = torch.empty(shape)
