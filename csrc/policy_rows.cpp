@@ -1,6 +1,7 @@
 // Hot loops of kernels/fst_kernels/cpu_backend.py over rows of fp32 logits: softmax measures, and the gradient in place.
 // No dependency on Python or torch: raw pointers, loaded by ctypes. Every row is worked on by one thread in one order,
 // so the bits do not depend on the number of threads.
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -103,21 +104,27 @@ namespace avx512 {
 using Work = void (*)(const Rows&, int64_t);
 
 void for_each_row(Work work, const Rows& rows, int threads) {
-  const int64_t smallest = (1 << 16) / (rows.v > 0 ? rows.v : 1) + 1;  // rows worth starting a thread for
-  int64_t parts = rows.n / smallest;
-  parts = parts > threads ? threads : parts < 1 ? 1 : parts;
-  const auto part = [&](int64_t i) {
-    for (int64_t row = i * rows.n / parts; row < (i + 1) * rows.n / parts; ++row) work(rows, row);
+  const int64_t enough = (1 << 16) / (rows.v > 0 ? rows.v : 1) + 1;  // rows worth starting a thread for
+  int64_t workers = rows.n / enough;
+  workers = workers > threads ? threads : workers < 1 ? 1 : workers;
+  // Rows are taken as threads get to them, not dealt out: on a busy machine nobody waits for the slowest thread's share.
+  std::atomic<int64_t> next{0};
+  const auto take = [&] {
+    for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows.n;) work(rows, row);
   };
+#ifdef _OPENMP
+  // The pool torch's products run on: its threads go on spinning after a product and would be in the way of others.
+#pragma omp parallel num_threads((int)workers) if (workers > 1)
+  take();
+#else
   std::vector<std::thread> others;
-  int64_t begun = 1;
   try {
-    for (; begun < parts; ++begun) others.emplace_back(part, begun);
-  } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+    for (int64_t i = 1; i < workers; ++i) others.emplace_back(take);
+  } catch (const std::system_error&) {  // no more threads to be had: those there are do it all
   }
-  part(0);
-  for (; begun < parts; ++begun) part(begun);
+  take();
   for (auto& other : others) other.join();
+#endif
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """Fused log-prob, policy-loss and KL kernels for RL on language models: logits are never stored whole.
 
-Needs torch only; `fst_kernels._csrc`, compiled at install where there is a compiler, makes CPUs faster. `fst_kernels.reference` holds the plain float64 definitions every backend is tested against.
+Needs torch only; `fst_kernels._csrc`, compiled at install where there is a compiler, makes CPUs faster.
+`fst_kernels.reference` holds the plain float64 definitions every backend is tested against.
 """
 
 from . import reference

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from . import torch_backend
 from .objective import PolicyRows
-from .torch_backend import Engine, Measures, PolicyPass, split
+from .torch_backend import Engine, Measures, PolicyPass
 from .types import Head
 
 LEVELS = "baseline", "avx2", "avx512"
+# Of a pass with gradients, 64 MiB: every block reads and writes the weight's gradient, and casts a bf16 head twice.
+BLOCK_LOGITS = 2**24
 TILE_LOGITS = 2**21  # of a forward pass without gradient: 8 MiB
 TILE_ROWS = 1024
 
@@ -233,9 +235,7 @@ class _Workspace:
     ) -> None:
         self.head, self.ref = _Multiplier(head), None if ref is None else _Multiplier(ref)
         self.targets, self.forward_kl = targets, forward_kl
-        if chunk_rows is None and head.weight.dtype != torch.float32:  # every block casts the head twice
-            chunk_rows = max(256, 2**24 // max(1, len(head.weight)))
-        self.parts = split(rows, chunk_rows, head)
+        self.parts = rows.split(chunk_rows or max(256, BLOCK_LOGITS // max(1, len(head.weight))))
         shape = max(len(part) for part in self.parts), len(head.weight)
         self.buffer = torch.empty(shape)
         self.ref_buffer = None if ref is None else torch.empty(shape)

@@ -155,7 +155,7 @@ class _HeadGradients:
         return self.hidden, self.weight, self.bias
 
 
-def split(rows: Tensor, chunk_rows: int | None, head: Head) -> tuple[Tensor, ...]:
+def _split(rows: Tensor, chunk_rows: int | None, head: Head) -> tuple[Tensor, ...]:
     """Blocks of row numbers, large enough that updating the weight gradient costs little beside its product."""
     default = 4096 if head.weight.is_cuda else max(256, 2**23 // max(1, len(head.weight)))
     return rows.split(chunk_rows or default)
@@ -171,7 +171,7 @@ def _measure(
     rows_of_all = torch.arange(len(head.hidden), device=head.hidden.device)
     blocks = (
         _Block(policy, rows, targets, entropy, reference, forward_kl).measures
-        for rows in split(rows_of_all, chunk_rows, head)
+        for rows in _split(rows_of_all, chunk_rows, head)
     )
     return Measures(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
@@ -190,7 +190,7 @@ def _measure_backward(
     used = torch.zeros(len(head.hidden), dtype=torch.bool, device=head.hidden.device)
     for g in upstream:
         used = used if g is None else used | (g != 0)
-    for rows in split(used.nonzero().squeeze(1), chunk_rows, head):
+    for rows in _split(used.nonzero().squeeze(1), chunk_rows, head):
         block = _Block(policy, rows, targets, upstream.entropy is not None, reference, forward_kl)
         of_rows = Measures(*(None if g is None else g[rows] for g in upstream))
         gradients.add(rows, block.gradient(of_rows), block.softcap_slope)
@@ -275,7 +275,7 @@ def linear_policy_pass(
     kl = None if ref is None else torch.zeros_like(batch.weights)
     learning = batch.learning() & any(wanted)
     for learns, chosen in ((True, learning), (False, batch.live & ~learning)):
-        for rows in split(chosen.nonzero().squeeze(1), chunk_rows, head):
+        for rows in _split(chosen.nonzero().squeeze(1), chunk_rows, head):
             block = _Block(policy, rows, batch.targets, True, reference)
             found = block.measures
             assert found.logprobs is not None
