@@ -10,13 +10,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import ops
+from . import cpu_backend, ops
 from .autograd import attach_gradients
 from .objective import Objective, PolicyRows, live_sum, ratio_metrics
 from .types import Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
 
 HAS_TRITON = find_spec("triton") is not None
-BACKENDS = ("triton", "torch") if HAS_TRITON else ("torch",)
+BACKENDS = ("triton", "cpu", "torch") if HAS_TRITON else ("cpu", "torch")
 
 
 def token_logprobs(
@@ -61,7 +61,7 @@ def linear_token_logprobs(
         temperature: a number or [N], dividing the logits after the softcap.
         softcap: c in c · tanh(logits / c).
         chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²³ logits on a CPU.
-        backend: "triton" (fp32 arithmetic on a GPU), "torch", or "auto", triton where it can.
+        backend: "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch", or "auto": triton on a GPU, else torch.
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
@@ -218,7 +218,7 @@ def _backend(name: str, head: Head, chunk_rows: int | None) -> str:
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if name == "auto":
-        return "triton" if _triton_is_best(head) else "torch"
+        return _best(head)
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not available: use one of {('auto', *BACKENDS)}")
     if name == "triton" and head.dtype != torch.float32:
@@ -228,11 +228,13 @@ def _backend(name: str, head: Head, chunk_rows: int | None) -> str:
             f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1, set before triton is imported),"
             f" got hidden on {head.hidden.device}"
         )
+    if name == "cpu" and (reason := cpu_backend.refusal(head)):
+        raise ValueError(f"backend='cpu' is not available: {reason}")
     return name
 
 
-def _triton_is_best(head: Head) -> bool:
-    return HAS_TRITON and head.hidden.is_cuda and head.dtype == torch.float32
+def _best(head: Head) -> str:
+    return "triton" if HAS_TRITON and head.hidden.is_cuda and head.dtype == torch.float32 else "torch"
 
 
 def _temperature(temperature: float | Tensor) -> Tensor:

@@ -3,25 +3,39 @@
 Ops take plain tensors and numbers, and return lists of what was asked for, in the order of `Measures` or `PolicyPass`.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import blocks, torch_backend
+from . import blocks, cpu_backend, torch_backend
 from .autograd import reject_second_order
-from .blocks import Measures, PolicyPass, RowStep
+from .blocks import Gradients, Measures, PolicyPass
 from .objective import Objective, PolicyRows
 from .types import Head, arithmetic_dtype
 
 
-def _step(backend: str) -> RowStep:
+class Passes(NamedTuple):
+    """What a backend does: the passes of blocks.py, without their first argument."""
+
+    measure: Callable[..., Measures]
+    measure_backward: Callable[..., Gradients]
+    policy_pass: Callable[..., PolicyPass]
+
+
+def _passes(backend: str) -> Passes:
+    if backend == "cpu":
+        return Passes(cpu_backend.measure, cpu_backend.measure_backward, cpu_backend.policy_pass)
+    step = torch_backend.row_step
     if backend == "triton":
         from . import triton_backend
 
-        return triton_backend.row_step
-    return torch_backend.row_step
+        step = triton_backend.row_step
+    return Passes(
+        partial(blocks.measure, step), partial(blocks.measure_backward, step), partial(blocks.policy_pass, step)
+    )
 
 
 def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
@@ -70,7 +84,7 @@ def measure(
     backend: str,
 ) -> list[Tensor]:
     head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
-    return _present(blocks.measure(_step(backend), head, targets, ref, entropy, forward_kl, chunk_rows))
+    return _present(_passes(backend).measure(head, targets, ref, entropy, forward_kl, chunk_rows))
 
 
 def _measured(targets: Any, entropy: bool, ref_hidden: Any) -> tuple[bool, ...]:
@@ -105,7 +119,7 @@ def measure_backward(
 ) -> list[Tensor]:
     head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
     args = head, targets, ref, forward_kl, chunk_rows, Measures(*upstream), wanted
-    return _present(blocks.measure_backward(_step(backend), *args))
+    return _present(_passes(backend).measure_backward(*args))
 
 
 @measure_backward.register_fake
@@ -167,7 +181,7 @@ def _policy_pass(
     head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
     batch = PolicyRows(targets, behavior_logprobs, advantages, live, weights, objective, entropy_coef, kl_coef)
-    found = blocks.policy_pass(_step(backend), head, ref, batch, chunk_rows, wanted)
+    found = _passes(backend).policy_pass(head, ref, batch, chunk_rows, wanted)
     return _present([found.logprobs, found.entropy, found.kl, *found.gradients])
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fst_kernels import PolicyLoss, api, reference
+from fst_kernels import PolicyLoss, api, cpu_backend, reference
+from fst_kernels.types import Head
+
+not_built = pytest.mark.skipif(cpu_backend.library() is None, reason="fst_kernels._csrc is not built")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,11 +26,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def triton_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With TRITON_INTERPRET=1 backend="auto" means triton on a CPU too, so that any test here is a test of it."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        monkeypatch.setattr(api, "_triton_is_best", lambda head: head.dtype == torch.float32)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then "auto" means triton on a CPU: any test tests it
+
+
+@pytest.fixture(scope="module", params=["triton"] if INTERPRETED else ["torch", pytest.param("cpu", marks=not_built)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What "auto" means in a module that uses this fixture: every test in it runs once with each backend."""
+
+    def best(head: Head) -> str:
+        return request.param if head.dtype == torch.float32 else "torch"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "_best", best)
+        yield request.param
 
 
 @dataclass

@@ -13,6 +13,7 @@ import fst_kernels
 from fst_kernels import kl_estimate, linear_kl, linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
 
 Fixture = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("backend")
 N, H, V = 96, 8, 501
 
 
@@ -123,12 +124,13 @@ def test_logits_are_never_stored_whole(make_problem: Fixture, watcher: Any, dtyp
     assert watcher.largest == max(10 * V, 400 * H, V * H)
 
 
-def test_peak_memory_is_a_few_chunks_however_many_rows(make_problem: Fixture, watcher: Any) -> None:
+def test_peak_memory_is_a_few_chunks_however_many_rows(make_problem: Fixture, watcher: Any, backend: str) -> None:
     p = make_problem(1000, 2, 2000, live=1.0)
     with watcher:
         linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0, chunk_rows=50).loss.backward()
     chunk = 50 * 2000 * 4
-    assert watcher.peak_bytes <= 3 * chunk  # softmax, its log, and what is smaller
+    # In torch softmax, its log, and what is smaller; compiled, the gradient takes the place of the logits.
+    assert watcher.peak_bytes <= (1.2 if backend == "cpu" else 3) * chunk
 
 
 def test_autocast_does_not_round_the_logits(make_problem: Fixture) -> None:
@@ -206,7 +208,7 @@ def test_metrics_are_detached_scalars(make_problem: Fixture) -> None:
         ({"kind": "grpo"}, "kind='grpo'"),
         ({"kind": "ppo", "clip_low": 2.0}, "clip_low <= 1"),
         ({"backend": "triton"}, "backend='triton'"),
-        ({"backend": "cpu"}, "backend='cpu' is not available"),
+        ({"backend": "cpu", "hidden": torch.ones(N, H).double()}, "backend='cpu' is not available: float64"),
         ({"chunk_rows": 0}, "chunk_rows"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"temperature": torch.ones(3)}, "temperature must be a number"),

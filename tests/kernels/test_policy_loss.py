@@ -15,6 +15,7 @@ from fst_kernels import linear_policy_loss, policy_loss, reference
 KINDS = ("cispo", "ppo", "reinforce")
 Fixture = Callable[..., Any]
 SLOW = 20 if os.environ.get("TRITON_INTERPRET") == "1" else 1  # test_triton.py runs this file again
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @settings(max_examples=150 // SLOW, deadline=None, derandomize=True, database=None)

@@ -14,6 +14,7 @@ from fst_kernels import kl_estimate, linear_kl, linear_token_logprobs, reference
 
 Fixture = Callable[..., Any]
 SLOW = 20 if os.environ.get("TRITON_INTERPRET") == "1" else 1  # test_triton.py runs this file again
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def assert_same_measures(ours: Any, truth: Any, inputs: tuple[torch.Tensor, ...], assert_close: Fixture) -> None:
