@@ -56,7 +56,7 @@ class Telemetry:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # 0.1 s after torch
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         if wandb is not None:
             name = run_dir.resolve().name
             self._wandb = wandb.init(

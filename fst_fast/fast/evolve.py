@@ -99,7 +99,7 @@ def evolve(
     """
     if not (pool and scoring and training):
         raise ValueError("evolve needs a prompt, a scoring problem and a training problem at least")
-    used = reflector.usage
+    reflector.usage = ReflectionUsage()  # of this cycle alone: sums of floats must not depend on a resume
     run = _Cycle(distinct(pool), scoring, training, evaluate, reflector, config, proposals, seed, cycle, fits)
     result = gepa.optimize(
         seed_candidate=_candidate(run.members[0].prompt),
@@ -128,7 +128,7 @@ def evolve(
         candidates=tuple(run.candidates),
         rollouts=run.rollouts,
         skipped=run.skipped,
-        reflection=reflector.usage - used,
+        reflection=reflector.usage,
     )
 
 

@@ -43,20 +43,11 @@ class ReflectionUsage:
             self.failures + other.failures,
         )
 
-    def __sub__(self, other: ReflectionUsage) -> ReflectionUsage:
-        return ReflectionUsage(
-            self.calls - other.calls,
-            self.prompt_tokens - other.prompt_tokens,
-            self.completion_tokens - other.completion_tokens,
-            self.dollars - other.dollars,
-            self.failures - other.failures,
-        )
-
 
 class Reflector(Protocol):
     name: str  # as in the config
     label: str  # what it is, for people: "rule-based, offline"
-    usage: ReflectionUsage  # since it was made
+    usage: ReflectionUsage  # since it was made, or set to nothing by the cycle that asks
 
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
         """One answer per request, in order. An answer that fails is a Reflection without text, never an exception."""

@@ -282,7 +282,7 @@ def test_reflection_is_accounted_for_by_cycle() -> None:
     for _ in range(2):
         evolution, _ = cycle(["seed"], SCORING, TRAINING, reflector, proposals=3)
         assert evolution.reflection == ReflectionUsage(calls=3)
-    assert reflector.usage == ReflectionUsage(calls=6)
+    assert reflector.usage == ReflectionUsage(calls=3)  # of the last cycle
 
 
 # ------------------------------------------------------------------------------------------------------ slices
