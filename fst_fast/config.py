@@ -216,7 +216,9 @@ GLYPH = Config(
     fast=FastConfig(every=10, minibatch=8, scoring_problems=24, reflector="phrasebook"),
     slow=SlowConfig(lr=3e-4, beta2=0.99, warmup=0, minibatches=2, kl_coef=0.0),
     eval=EvalConfig(samples=2),
-    threads=1,  # a second thread makes a model this small slower (benchmarked), and leaves a core for another run
+    # Two threads make a step 1.6 times as fast on a quiet machine and many times as slow on a busy one, where they spin
+    # waiting for each other; one thread a run lets `compare` use the cores side by side.
+    threads=1,
 )
 PRESETS = {"glyph": GLYPH, "paper": Config()}
 
