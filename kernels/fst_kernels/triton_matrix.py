@@ -48,25 +48,24 @@ CONFIGURATIONS = (
 )
 
 
-def refusal(head: Head) -> str | None:
-    """Why this head cannot be measured here; None if it can. fp32 operands would be rounded to tf32."""
-    hidden, weight = head.hidden, head.weight
+def refusal(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why such a head cannot be measured here; None if it can. fp32 operands would be rounded to tf32."""
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.bfloat16, torch.float16):
-        return f"it needs hidden and weight both bf16 or both fp16, got {hidden.dtype} and {weight.dtype}"
+        return f"hidden and weight must both be bf16 or both fp16, got {hidden.dtype} and {weight.dtype}"
     if not INTERPRETED and not (hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] == 9):
-        return f"it needs a Hopper GPU, got tensors on {hidden.device}"
+        return f"it needs tensors on a Hopper GPU, got {hidden.device}"
     for name, x in (("hidden", hidden), ("weight", weight)):
-        # The copy engine's rules: rows begin at multiples of 16 bytes.
+        # What the copy engine asks for: rows that begin at multiples of 16 bytes.
         if x.shape[1] == 0 or x.shape[1] % 8 or x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
             return (
-                f"{name} needs rows of a positive multiple of 8 elements, dense and 16-byte aligned,"
-                f" got shape {list(x.shape)}, strides {list(x.stride())}"
+                f"{name} must have dense rows of a positive multiple of 8 elements, 16-byte aligned,"
+                f" got shape {list(x.shape)} and strides {list(x.stride())}"
             )
-    return None if len(weight) else "it needs a vocabulary of at least one item"
+    return None if len(weight) else "weight must have at least one row, got none"
 
 
 def measure(head: Head, targets: Tensor, entropy: bool, tiles: Tiles = CONFIGURATIONS[0]) -> Measures:
-    """`blocks.measure` without a reference. Temperatures must be above 0; a target outside the vocabulary gives NaN."""
+    """`blocks.measure` without a reference, of a head that is not refused."""
     n, (v, h), device = len(head.hidden), head.weight.shape, head.hidden.device
     blocks, parts = triton.cdiv(n, tiles.rows), triton.cdiv(v, tiles.items)
     splits = _splits(blocks, parts, tiles.programs * _multiprocessors(device))
@@ -76,8 +75,8 @@ def measure(head: Head, targets: Tensor, entropy: bool, tiles: Tiles = CONFIGURA
     if n:
         with torch.cuda.device_of(head.hidden):
             matrix_kernel[(blocks * splits,)](
-                TensorDescriptor.from_tensor(head.hidden.detach(), [tiles.rows, tiles.depth]),
-                TensorDescriptor.from_tensor(head.weight.detach(), [tiles.items, tiles.depth]),
+                TensorDescriptor.from_tensor(head.hidden, [tiles.rows, tiles.depth]),
+                TensorDescriptor.from_tensor(head.weight, [tiles.items, tiles.depth]),
                 None if head.bias is None else head.bias.contiguous(),
                 scale,
                 targets.contiguous(),
@@ -100,7 +99,7 @@ def measure(head: Head, targets: Tensor, entropy: bool, tiles: Tiles = CONFIGURA
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
-    return _join(peak, total, chosen, moment[0] if entropy else None, scale, (targets >= 0) & (targets < v))
+    return _join(peak, total, chosen, moment[0] if entropy else None, scale)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -117,9 +116,7 @@ def _splits(blocks: int, parts: int, programs: int) -> int:
     return min(range(1, min(parts, programs) + 1), key=time)
 
 
-def _join(
-    peaks: Tensor, totals: Tensor, chosen: Tensor, moments: Tensor | None, scale: Tensor, inside: Tensor
-) -> Measures:
+def _join(peaks: Tensor, totals: Tensor, chosen: Tensor, moments: Tensor | None, scale: Tensor) -> Measures:
     """The measures of whole rows (N,), from those of the parts (splits, N)."""
     peak = peaks.amax(0)
     fall = peaks - peak
@@ -127,7 +124,7 @@ def _join(
     total = (weight * totals).sum(0)
     # The target's logit meets the peak before it is rounded. Clamped is only what rounding leaves above 0.
     gap = (chosen.sum(0).double() * scale - peak) - total.double().log2()
-    logprobs = (math.log(2) * gap).float().clamp(max=0).where(inside, math.nan)
+    logprobs = (math.log(2) * gap).float().clamp(max=0)
     entropy = None
     if moments is not None:
         moment = (weight * (moments + torch.where(totals == 0, 0, fall * totals))).sum(0)
@@ -144,7 +141,7 @@ def _above(x, scale, peak, INTERPRETED: tl.constexpr):
     return tl.fma(x, scale, -peak)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits", "tiles"])  # they change from batch to batch
 def matrix_kernel(
     hidden,  # descriptor of (N, H)
     weight,  # descriptor of (V, H)
