@@ -75,7 +75,7 @@ def linear_token_logprobs(
     head = Head(hidden, weight, bias, _temperature(temperature, hidden), softcap)
     _check_rows(hidden, targets=targets)
     _check_chunk(chunk_rows)
-    chosen = _matrix_backend(hidden, weight) if backend == "triton-matrix" else _backend(backend, hidden, weight)
+    chosen = backend if HAS_TRITON and backend == "triton-matrix" else _backend(backend, hidden, weight)
     found = ops.measure(*ops.tensors(head, None), targets, entropy, True, chunk_rows, chosen)
     return TokenLogprobs(found[0], found[1] if entropy else None, found[-1])
 
@@ -240,17 +240,6 @@ def _backend(name: str, *operands: Tensor) -> str:
     if name == "cpu" and (reason := cpu_backend.refusal(*operands)):
         raise ValueError(f"backend='cpu' is not available: {reason}")
     return name
-
-
-def _matrix_backend(hidden: Tensor, weight: Tensor) -> str:
-    reason: str | None = "triton is not installed"
-    if HAS_TRITON:
-        from . import triton_matrix
-
-        reason = triton_matrix.refusal(hidden, weight)
-    if reason:
-        raise ValueError(f"backend='triton-matrix' is not available: {reason}")
-    return "triton-matrix"
 
 
 def _best(*operands: Tensor) -> str:

@@ -80,6 +80,8 @@ def measure(
         from . import triton_matrix
 
         assert targets is not None
+        if reason := triton_matrix.refusal(hidden, weight):
+            raise ValueError(f"backend='triton-matrix' is not available: {reason}")
         return _present(triton_matrix.measure(head, targets, entropy))
     args = head, targets, ref, entropy, forward_kl, chunk_rows
     return _present(cpu_backend.measure(*args) if backend == "cpu" else blocks.measure(_row_step(backend), *args))

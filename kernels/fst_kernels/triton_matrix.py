@@ -36,10 +36,11 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     programs: int  # on a multiprocessor at a time
-    group: int  # blocks of rows that pass the same weights at the same time, their hidden states staying in the L2 cache
+    group: int  # blocks of rows that pass the same weights together, while their hidden states stay in the L2 cache
 
 
-# Compiled for sm_90a without spills by triton 3.6 and 3.7; not timed yet. The first is used.
+# Compiled for sm_90a without spills by triton 3.6 and 3.7 (but for a bias and a softcap together); not timed yet. The
+# first is used.
 CONFIGURATIONS = (
     Tiles(rows=128, items=256, depth=64, warps=8, stages=4, programs=1, group=16),
     Tiles(rows=128, items=256, depth=64, warps=8, stages=3, programs=1, group=16),
@@ -127,7 +128,7 @@ def _join(peaks: Tensor, totals: Tensor, chosen: Tensor, moments: Tensor | None,
     logprobs = (math.log(2) * gap).float().clamp(max=0)
     entropy = None
     if moments is not None:
-        moment = (weight * (moments + torch.where(totals == 0, 0, fall * totals))).sum(0)
+        moment = (weight * (moments + fall * totals)).sum(0)
         entropy = (math.log(2) * (total.log2() - moment / total)).clamp(min=0)
     return Measures(logprobs, entropy, None, math.log(2) * (peak + total.log2()))
 

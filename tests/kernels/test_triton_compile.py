@@ -18,7 +18,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 if not (TOOLS / "ptxas").exists():
     pytest.skip("this triton has no compiler for NVIDIA", allow_module_level=True)
 
-from fst_kernels import triton_kernels, triton_matrix  # noqa: E402: they import triton
+from fst_kernels import triton_kernels, triton_matrix  # noqa: E402 (they import triton)
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 PLAIN: dict[str, Any] = {"kind": "cispo", "grad_dtype": torch.bfloat16}
@@ -116,7 +116,8 @@ def _compile(function: Any, recorder: Recorder) -> Any:
             signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (signature[name] == "i32" and value % 16 == 0):
+        specialized = signature[name] == "i32" and not function.params[i].do_not_specialize
+        if isinstance(value, torch.Tensor) or (specialized and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {k: v for k, v in recorder.options.items() if k not in names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)

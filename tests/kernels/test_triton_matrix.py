@@ -16,8 +16,8 @@ from fst_kernels.blocks import Measures
 from fst_kernels.types import Head
 
 pytest.importorskip("triton", reason="triton is not installed")
-from fst_kernels import triton_matrix  # noqa: E402: it imports triton
-from fst_kernels.triton_matrix import CONFIGURATIONS, Tiles  # noqa: E402
+from fst_kernels import triton_matrix
+from fst_kernels.triton_matrix import CONFIGURATIONS, Tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -83,7 +83,9 @@ def test_measures_match_the_reference(
 
 @runs
 @pytest.mark.parametrize("tiles", CONFIGURATIONS)
-@pytest.mark.parametrize(("n", "h", "v", "scale"), [(1, 8, 1, 1), (5, 72, 7, 3), (300, 64, 1100, 0.01), (3, 200, 4099, 5)])
+@pytest.mark.parametrize(
+    ("n", "h", "v", "scale"), [(1, 8, 1, 1), (5, 72, 7, 3), (300, 64, 1100, 0.01), (3, 200, 4099, 5)]
+)
 def test_every_configuration_at_sizes_that_nothing_divides(
     assert_close: Fixture, tiles: Tiles, n: int, h: int, v: int, scale: float
 ) -> None:
@@ -102,7 +104,9 @@ def test_any_number_of_splits_gives_the_measures_and_always_the_same_bits(
         assert a is b is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("blocks", "parts", "programs"), [(256, 594, 132), (1, 594, 132), (33, 1187, 264), (7, 3, 132)])
+@pytest.mark.parametrize(
+    ("blocks", "parts", "programs"), [(256, 594, 132), (1, 594, 132), (33, 1187, 264), (7, 3, 132)]
+)
 def test_the_splits_fill_the_gpu_in_waves_that_waste_little(blocks: int, parts: int, programs: int) -> None:
     splits = triton_matrix._splits(blocks, parts, programs)
     assert 1 <= splits <= min(parts, programs)
