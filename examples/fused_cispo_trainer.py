@@ -124,7 +124,7 @@ class FusedCispoTrainer(GRPOTrainer):
         if self.accelerator.num_processes > 1:
             return f"runs in one process, got {self.accelerator.num_processes}: the loss bypasses the model's wrapper"
         if is_peft_model(self.model) or self._is_vlm or self.aux_loss_enabled:
-            return "takes plain text models: not PEFT, not multimodal, no router_aux_loss_coef"
+            return "takes plain text models: not PEFT, not multimodal, and MoE with router_aux_loss_coef=0 only"
         if self.args.cast_lm_head_to_fp32:
             return "computes fp32 logits from weights of any dtype: leave cast_lm_head_to_fp32 off"
         if not self._head_is_linear():

@@ -12,7 +12,7 @@ from tests.models import save_tiny
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 from datasets import Dataset  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
 
 from examples.fused_cispo_trainer import FusedCispoTrainer  # noqa: E402
 
@@ -69,7 +69,7 @@ def make_batch(trainer: Any, *, off_policy: bool) -> dict[str, Any]:
         "prompt_mask": (torch.arange(6) >= torch.tensor([0, 2, 4, 1])[:, None]).long(),
         "completion_ids": random(4, 8),
         "completion_mask": (torch.arange(8) < lengths).long(),
-        "advantages": torch.tensor([1.3, -0.7, 0.0, 0.4]),
+        "advantages": torch.tensor([-1.3, -0.7, 0.0, 0.4]),
         "num_items_in_batch": torch.tensor(37),
     }
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
@@ -121,7 +121,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adaptive entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.03, "entropy_target": 9.0},
     "ratio of a sequence": {"importance_sampling_level": "sequence"},
     "top entropy": {"top_entropy_quantile": 0.5},
-    "off-policy mask": {"off_policy_mask_threshold": 0.01},
+    "off-policy mask": {"off_policy_mask_threshold": 1e-6},
 }
 
 
@@ -162,6 +162,18 @@ def test_micro_batches_are_scaled_as_in_trl(make: Any, steps_per_generation: int
         losses = [t.compute_loss(t.model, batch) for t in (ours, theirs)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     same_metrics(ours._metrics["eval"], theirs._metrics["eval"])
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_log_probs_and_entropies_are_those_of_trl(make: Any, batch_size: int | None) -> None:
+    ours = make(FusedCispoTrainer, temperature=0.7)
+    batch = make_batch(ours, off_policy=False)
+    ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    arguments = ours.model, ids, mask, 8, batch_size
+    found = ours._get_per_token_logps_and_entropies(*arguments, compute_entropy=True)
+    expected = trl.GRPOTrainer._get_per_token_logps_and_entropies(ours, *arguments, compute_entropy=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert ours._get_per_token_logps_and_entropies(*arguments)[1] is None
 
 
 def test_advantages_per_token_tool_masks_and_vllm_ratios_are_honoured(make: Any) -> None:
@@ -218,6 +230,17 @@ def test_a_setting_it_cannot_reproduce_is_refused(make: Any, settings: dict[str,
     with pytest.raises(ValueError, match=r"^FusedCispoTrainer ") as caught:
         make(FusedCispoTrainer, **settings)
     assert sentence in str(caught.value)
+
+
+def test_a_mixture_of_experts_is_refused_while_its_balance_is_part_of_the_loss(make: Any, folder: Path) -> None:
+    make(trl.GRPOTrainer)  # saves the tokenizer
+    sizes = {"vocab_size": 600, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(num_hidden_layers=1, **sizes, **experts)
+    config.name_or_path = str(folder / "qwen3")
+    with pytest.raises(ValueError, match="MoE with router_aux_loss_coef=0 only"):
+        make(FusedCispoTrainer, Qwen3MoeForCausalLM(config))
+    make(FusedCispoTrainer, Qwen3MoeForCausalLM(config), router_aux_loss_coef=0.0)
 
 
 def test_a_model_that_scales_its_logits_is_refused(make: Any, folder: Path) -> None:
