@@ -19,6 +19,7 @@ from examples.fused_cispo_trainer import FusedCispoTrainer  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and transformers about their own next versions
 LENGTHS = (7, 3, 1, 5)  # of the completions; the longest padded by one
 CAP = 1.2
+MODULE = "examples.fused_cispo_trainer"
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,19 @@ def test_log_probs_and_entropies_are_those_of_trl(make: Any, batch_size: int | N
     assert ours._get_per_token_logps_and_entropies(*arguments)[1] is None
 
 
+def test_under_bf16_log_probs_are_those_of_exact_logits_where_trl_rounds_them(make: Any) -> None:
+    ours = make(FusedCispoTrainer, bf16=True)
+    batch = make_batch(ours, off_policy=False)
+    ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with torch.no_grad():
+        (hidden, weight, targets), _ = ours._head(ours.model, ids, mask, 8)
+        exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None]).view(4, 8)
+        methods = (c._get_per_token_logps_and_entropies for c in (FusedCispoTrainer, trl.GRPOTrainer))
+        found, rounded = (m(ours, ours.model, ids, mask, 8)[0] - exact for m in methods)
+    scored = batch["completion_mask"] == 1
+    assert found[scored].abs().max() < 1e-5 < 1e-3 < rounded[scored].abs().max()
+
+
 def test_advantages_per_token_tool_masks_and_vllm_ratios_are_honoured(make: Any) -> None:
     theirs, ours = make(trl.GRPOTrainer), make(FusedCispoTrainer)
     batch = make_batch(theirs, off_policy=True)
@@ -230,6 +244,28 @@ def test_a_setting_it_cannot_reproduce_is_refused(make: Any, settings: dict[str,
     with pytest.raises(ValueError, match=r"^FusedCispoTrainer ") as caught:
         make(FusedCispoTrainer, **settings)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        (f"{MODULE}.is_peft_model", lambda model: True, "not PEFT"),
+        (
+            f"{MODULE}.FusedCispoTrainer._is_vlm",
+            property(lambda self: True, lambda self, value: None),
+            "not multimodal",
+        ),
+        ("accelerate.Accelerator.num_processes", 2, "runs in one process, got 2"),
+    ],
+    ids=["peft", "images", "processes"],
+)
+def test_a_model_it_was_not_tested_with_is_refused(
+    make: Any, monkeypatch: pytest.MonkeyPatch, place: str, value: Any, sentence: str
+) -> None:
+    trainer = make(FusedCispoTrainer)
+    assert trainer._refusal() is None
+    monkeypatch.setattr(place, value, raising=False)
+    assert sentence in trainer._refusal()
 
 
 def test_a_mixture_of_experts_is_refused_while_its_balance_is_part_of_the_loss(make: Any, folder: Path) -> None:
