@@ -182,8 +182,10 @@ def test_under_bf16_log_probs_are_those_of_exact_logits_where_trl_rounds_them(ma
     batch = make_batch(ours, off_policy=False)
     ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     with torch.no_grad():
-        (hidden, weight, targets), _ = ours._head(ours.model, ids, mask, 8)
-        exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None]).view(4, 8)
+        with ours.accelerator.autocast():
+            hidden = ours.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -9:-1]
+        logits = hidden.double() @ ours.model.lm_head.weight.double().T
+        exact = logits.log_softmax(-1).gather(-1, ids[:, -8:, None]).squeeze(-1)
         methods = (c._get_per_token_logps_and_entropies for c in (FusedCispoTrainer, trl.GRPOTrainer))
         found, rounded = (m(ours, ours.model, ids, mask, 8)[0] - exact for m in methods)
     scored = batch["completion_mask"] == 1
