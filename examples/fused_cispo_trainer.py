@@ -50,7 +50,7 @@ class FusedCispoTrainer(GRPOTrainer):
         old = inputs.get("old_per_token_logps")  # none: the policy has not moved since it sampled, ρ = 1
         out = linear_policy_loss(
             *head,
-            torch.zeros_like(mask.flatten()) if old is None else old.flatten(),
+            torch.zeros_like(mask.flatten(), dtype=torch.float32) if old is None else old.flatten(),
             slopes.expand_as(mask).flatten(),
             mask.flatten(),
             kind="reinforce" if old is None else "cispo",
