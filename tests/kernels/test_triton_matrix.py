@@ -58,7 +58,7 @@ def _check(assert_close: Fixture, hidden: Tensor, weight: Tensor, targets: Tenso
 
 
 @runs
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     n=st.integers(1, 300),
     h=st.integers(1, 12),
@@ -210,7 +210,7 @@ def test_what_the_copy_engine_or_the_arithmetic_cannot_take_is_refused(monkeypat
     assert "multiple of 8 elements, 16-byte aligned, got shape [6, 12]" in refused(hidden[:, :12], weight[:, :12])
     assert "hidden must have dense rows" in refused(hidden[:, 4:12], weight[:, :8].contiguous())
     assert "weight must have dense rows" in refused(hidden, weight.T.contiguous().T)
-    assert "at least one row, got none" in refused(hidden, weight[:0])
+    assert "at least one row, got none" in (triton_matrix.refusal(hidden, weight[:0]) or "")
     assert triton_matrix.refusal(hidden[:, 8:24], weight[:, 8:24]) is None
 
 
