@@ -10,6 +10,7 @@ from torch import Tensor
 from fst_kernels import linear_kl, linear_policy_loss, linear_token_logprobs, ops, policy_loss, token_logprobs
 
 Fixture = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def _caller(p: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -77,6 +78,16 @@ def test_the_ops_keep_their_contract_with_torch(make_problem: Fixture, dtype: to
     objective = "cispo", 0.0, 4.0, 0.2, 0.2, 0.1, 0.3
     torch.library.opcheck(policy, (*frozen, *ref, t, 3.0, *rows, *objective, 4, "torch", wanted))
     torch.library.opcheck(policy, (*frozen, *ref, t, 3.0, *rows, *objective, 4, "torch", [False, True, False]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ops_of_given_logits_keep_their_contract_with_torch(dtype: torch.dtype) -> None:
+    logits = torch.randn(9, 33, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    forward, backward = torch.ops.fst_kernels.measure_logits, torch.ops.fst_kernels.measure_logits_backward
+    for entropy in (True, False):
+        torch.library.opcheck(forward, (logits, torch.ones(9), torch.arange(9), entropy, "torch"))
+    slopes = [torch.ones(9), None, torch.ones(9)]
+    torch.library.opcheck(backward, (logits.detach(), torch.ones(()), torch.arange(9), slopes, "torch"))
 
 
 def test_the_fake_results_are_shaped_as_the_real_ones(make_problem: Fixture) -> None:
