@@ -18,6 +18,12 @@
 
 enum Kind { GIVEN, CISPO, PPO, REINFORCE };
 
+// Of a row's gradient: nothing but zeros, a multiple of the softmax (and of the target), or more.
+enum Form { IDLE, PLAIN, GENERAL };
+
+// Per row, in the order of blocks.Measures.
+enum Measure { LOGPROB, ENTROPY, KL, LOGSUMEXP, MEASURES };
+
 // Mirrored by cuda_backend._Rows. Strides in items; rows of logits, ref and grad begin at multiples of 16 bytes.
 struct Rows {
   int64_t n;
@@ -29,17 +35,11 @@ struct Rows {
   const float* ref_bias;
   void* grad;  // [n, v] fp32 or bf16, may be the memory of logits; null: measure only
   int64_t grad_stride;
-  const int64_t* targets;    // [n] or null
-  const float* temperature;  // [n] or null
-  float* logprobs;           // [n] each, null where nobody asks
-  float* entropy;
-  float* kl;
-  float* logsumexp;
-  const float* of_logprobs;  // [n] slopes of the loss in the four measures, null for 0
-  const float* of_entropy;
-  const float* of_kl;
-  const float* of_logsumexp;
-  const float* behavior;  // [n] what the slope in the log-prob is made of, unless kind is GIVEN
+  const int64_t* targets;         // [n] or null
+  const float* temperature;       // [n] or null
+  float* found[MEASURES];         // [n] each, null where nobody asks
+  const float* slopes[MEASURES];  // [n] those of the loss in the measures, null for 0
+  const float* behavior;          // [n] what the slope in the log-prob is made of, unless kind is GIVEN
   const float* advantages;
   const float* weights;
   float low, high;  // the ratio's bounds
@@ -56,7 +56,9 @@ constexpr int ITEMS = 8;                           // logits of a thread in a ti
 constexpr int WARP = 32;
 
 // A cluster's share of a row in each block, in items. A multiple of 16: slices begin at 16 bytes in bf16 too.
-__host__ __device__ constexpr int slice_items(int v, int cluster) { return ((v + cluster - 1) / cluster + 15) / 16 * 16; }
+__host__ __device__ constexpr int slice_items(int v, int cluster) {
+  return ((v + cluster - 1) / cluster + 15) / 16 * 16;
+}
 
 // What is known of a part of a row; with d = x − peak and w = e^d of the logits x, and y those of the reference,
 struct alignas(16) State {
@@ -74,7 +76,7 @@ struct alignas(16) State {
 struct Row {
   float peak, log_total, inverse_total, ref_peak, ref_log_total;
   float on_target, on_probs, on_entropy, on_kl;
-  bool plain;  // all of it is a multiple of the softmax, and of the target
+  Form form;
 };
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ DEVICE float sum(const float (&x)[ITEMS]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
-// ---- the logits a thread works on: two runs of four ------------------------------------------------------------------
+// ---- the logits a thread works on: two runs of four -----------------------------------------------------------------
 
 struct Shape {
   float softcap, inverse_softcap;  // 0: none
@@ -263,8 +265,8 @@ struct Slopes {
 };
 
 DEVICE Slopes load_slopes(const Rows& rows, int64_t row) {
-  return {given(rows.of_logprobs, row), given(rows.of_entropy, row), given(rows.of_kl, row),
-          given(rows.of_logsumexp, row), given(rows.behavior, row), given(rows.advantages, row),
+  return {given(rows.slopes[LOGPROB], row), given(rows.slopes[ENTROPY], row), given(rows.slopes[KL], row),
+          given(rows.slopes[LOGSUMEXP], row), given(rows.behavior, row), given(rows.advantages, row),
           given(rows.weights, row)};
 }
 
@@ -294,17 +296,20 @@ DEVICE Row finish(const Rows& rows, int64_t row, const State& s, const Slopes& o
   }
   const float logprob = inside ? s.chosen - s.peak - log_total : NAN;
   if (first_block) {
-    if (rows.logprobs != nullptr) rows.logprobs[row] = logprob;
-    if (rows.entropy != nullptr) rows.entropy[row] = entropy;
-    if (rows.kl != nullptr) rows.kl[row] = kl;
-    if (rows.logsumexp != nullptr) rows.logsumexp[row] = s.peak + log_total;
+    const float values[MEASURES] = {logprob, entropy, kl, s.peak + log_total};
+#pragma unroll
+    for (int i = 0; i < MEASURES; ++i) {
+      if (rows.found[i] != nullptr) rows.found[i][row] = values[i];
+    }
   }
   const float on_target = rows.kind == GIVEN ? of.logprob : of.weight * objective_slope(rows, of, logprob);
+  const bool idle = on_target == 0 && of.logsumexp == 0 && of.entropy == 0 && of.kl == 0;
   float on_probs = of.logsumexp - on_target;
-  if (rows.of_entropy != nullptr) on_probs -= of.entropy * entropy;
-  if (rows.of_kl != nullptr) on_probs = rows.reverse_kl ? on_probs + of.kl : on_probs - of.kl * kl;
+  if (rows.slopes[ENTROPY] != nullptr) on_probs -= of.entropy * entropy;
+  if (rows.slopes[KL] != nullptr) on_probs = rows.reverse_kl ? on_probs + of.kl : on_probs - of.kl * kl;
   const bool plain = of.entropy == 0 && of.kl == 0 && fabsf(on_probs) <= -LOWEST;
-  return {s.peak, log_total, 1 / s.total, s.ref_peak, ref_log_total, on_target, on_probs, of.entropy, of.kl, plain};
+  return {s.peak,    log_total, 1 / s.total, s.ref_peak, ref_log_total,
+          on_target, on_probs,  of.entropy,  of.kl,      idle ? IDLE : plain ? PLAIN : GENERAL};
 }
 
 // ---- the gradient ---------------------------------------------------------------------------------------------------
@@ -314,9 +319,14 @@ DEVICE Row finish(const Rows& rows, int64_t row, const State& s, const Slopes& o
 template <bool REF>
 DEVICE void differentiate(float (&x)[ITEMS], const float (&z)[ITEMS], const float (&y)[ITEMS], const Row& row,
                           const Shape& by, bool reverse, int at, int gap, int target) {
+  if (row.form == IDLE) {  // whatever the logits are
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) x[i] = 0;
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) x[i] -= row.peak;
-  if (row.plain) {
+  if (row.form == PLAIN) {
     const float factor = row.inverse_total * row.on_probs;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) x[i] = exponential(x[i]) * factor;
@@ -388,8 +398,8 @@ DEVICE void write(const float (&g)[ITEMS], float* grad, int at, int gap, int cou
 
 // Bytes of shared memory of a block that holds its slice of this many bytes an item (a reference's included).
 constexpr int64_t shared_bytes(int v, int item_bytes, int cluster, int threads) {
-  const int slice = slice_items(v, cluster), tile = threads * ITEMS;
-  return int64_t(slice) * item_bytes + (cluster + threads / WARP) * int64_t(sizeof(State)) + (slice + tile - 1) / tile * 8;
+  const int64_t slice = slice_items(v, cluster), tile = threads * ITEMS;
+  return slice * item_bytes + (cluster + threads / WARP) * sizeof(State) + (slice + tile - 1) / tile * sizeof(uint64_t);
 }
 
 // One cluster a row. With a reference its row is held as well.
@@ -519,27 +529,28 @@ namespace {
 using Kernel = void (*)(Rows);
 
 Kernel kernel_of(const Rows& rows) {
-  if (rows.bf16_logits) return rows.ref == nullptr ? row_kernel<uint16_t, false, THREADS> : row_kernel<uint16_t, true, THREADS>;
-  return rows.ref == nullptr ? row_kernel<float, false, THREADS> : row_kernel<float, true, THREADS>;
+  const bool ref = rows.ref != nullptr;
+  if (rows.bf16_logits) return ref ? row_kernel<uint16_t, true, THREADS> : row_kernel<uint16_t, false, THREADS>;
+  return ref ? row_kernel<float, true, THREADS> : row_kernel<float, false, THREADS>;
 }
 
 }  // namespace
 
 extern "C" {
 
-// Blocks of a cluster for rows of v items that take so many bytes each (a reference's included), given the shared
-// memory of a multiprocessor and the most of a block; 0: no cluster holds such a row.
+// Blocks of a cluster for rows of v items of so many bytes, a reference's included; 0: no cluster holds such a row.
 //
-// While one block of a multiprocessor computes and writes, the memory is kept busy by the loads of others: so the
-// smallest cluster that lets three blocks share a multiprocessor, else two, else one. On an H100 or H200 three blocks
-// are 76 KB each, all of it under way at once when a row begins; 40 KB a multiprocessor are in flight at 4.8 TB/s and
-// 1 µs. Small clusters, as blocks that wait for each other lie idle. Not measured.
-int fst_cluster_size(int v, int item_bytes, int64_t per_multiprocessor, int64_t per_block) {
-  constexpr int64_t RESERVED = 1024, GRAIN = 128;  // bytes of every block that are the system's, and the allocation's unit
+// While one block of a multiprocessor computes and writes, the loads of others keep the memory busy: so the smallest
+// cluster that lets three blocks share a multiprocessor, else two, else one. Three blocks hold up to 75 KB each, all of it
+// under way when a row begins; 4.8 TB/s and 1 µs ask for 36 KB in flight a multiprocessor. Small, as blocks that wait for
+// each other lie idle. Not measured.
+int fst_cluster_size(int v, int item_bytes) {
+  constexpr int64_t MULTIPROCESSOR = 228 << 10, BLOCK = 227 << 10;  // bytes of shared memory, of compute capability 9.0
+  constexpr int64_t RESERVED = 1024, GRAIN = 128;                   // the system's of every block, and of an allocation
   for (int blocks = 3; blocks > 0; --blocks) {
     for (int cluster = 1; cluster <= 16; cluster *= 2) {
       const int64_t bytes = (shared_bytes(v, item_bytes, cluster, THREADS) + GRAIN - 1) / GRAIN * GRAIN;
-      if (bytes <= per_block && blocks * (bytes + RESERVED) <= per_multiprocessor) return cluster;
+      if (bytes <= BLOCK && blocks * (bytes + RESERVED) <= MULTIPROCESSOR) return cluster;
     }
   }
   return 0;

@@ -12,14 +12,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import cpu_backend, ops
+from . import cpu_backend, cuda_backend, ops
 from .autograd import attach_gradients
 from .checks import mask_rules, policy_rules, require
 from .objective import Objective, PolicyRows, live_sum, ratio_metrics
 from .types import OPERANDS, Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
 
 HAS_TRITON = find_spec("triton") is not None
-BACKENDS = ("triton", "cpu", "torch") if HAS_TRITON else ("cpu", "torch")
+BACKENDS = (*(("triton",) if HAS_TRITON else ()), "cuda", "cpu", "torch")
 
 
 def token_logprobs(
@@ -238,6 +238,8 @@ def _backend(name: str, *operands: Tensor) -> str:
         )
     if name == "cpu" and (reason := cpu_backend.refusal(*operands)):
         raise ValueError(f"backend='cpu' is not available: {reason}")
+    if name == "cuda" and (reason := cuda_backend.refusal(*operands)):
+        raise ValueError(f"backend='cuda' is not available: {reason}")
     return name
 
 

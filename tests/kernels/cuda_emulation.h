@@ -1,8 +1,9 @@
-// csrc/hopper.h and the CUDA words of csrc/row_cluster.cu for g++: the kernel runs on a CPU, every thread of a cluster a
-// fiber. It is an adversary, as far as a seed goes: threads run in random order, and a bulk copy happens as late as it
-// can, when no thread can go on. Shared memory begins as NaN. What the hardware forbids ends the launch with an error:
-// misaligned copies, a write to memory that a copy has still to read, shared memory overrun, a barrier nobody comes to.
+// csrc/hopper.h and the CUDA words of csrc/row_cluster.cu for g++: the kernel runs on a CPU, every thread a fiber.
+// It is an adversary, as far as a seed goes: threads run in random order, and a bulk copy happens as late as it can,
+// when no thread can go on. Shared memory begins as NaN. What the hardware forbids ends the launch with an error: misaligned
+// copies and stores, a write to memory that a copy has still to read, shared memory overrun, a barrier nobody comes to.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -41,7 +42,7 @@ enum Error { FINE, MISALIGNED, OVERWRITTEN, OVERRUN, DEADLOCK, NOT_INITIALISED }
 
 inline const char* error_string(int error) {
   static const char* const names[] = {"no error",
-                                      "a bulk copy is not of multiples of 16 bytes",
+                                      "a store or a bulk copy is not aligned",
                                       "a write to memory that a bulk copy has still to read",
                                       "shared memory was written beyond what the launch asked for",
                                       "every thread waits",
@@ -77,12 +78,13 @@ struct Block {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;  // from there on by jumps, which unlike swapcontext cost no system call
+  jmp_buf here;
   std::unique_ptr<char[]> stack{new char[STACK]};
   Index index;
   Block* block;
   int cluster_phase = 0;
-  bool done = false;
+  bool started = false, done = false;
   const std::function<bool()>* waits_for = nullptr;
   static constexpr size_t STACK = 64 << 10;
 };
@@ -97,7 +99,7 @@ struct Copy {
 constexpr int CANARY = 4096;  // bytes after the shared memory that nobody may touch
 
 inline Fiber* now;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Block> blocks;
 inline std::vector<Fiber> fibers;
 inline std::vector<Copy> copies;
@@ -107,10 +109,22 @@ inline int error;
 inline std::mt19937 random;
 inline std::function<void()> body;
 
+inline void suspend() {
+  if (!_setjmp(now->here)) _longjmp(scheduler, 1);
+}
+
+inline void resume(Fiber* fiber) {
+  now = fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber->started) _longjmp(fiber->here, 1);
+  fiber->started = true;
+  setcontext(&fiber->start);
+}
+
 inline void wait(const std::function<bool()>& condition) {
   if (condition()) return;
   now->waits_for = &condition;
-  swapcontext(&now->context, &scheduler);
+  suspend();
 }
 
 inline void sync_block() {
@@ -143,17 +157,17 @@ inline void copy_one() {
 inline void fiber_main() {
   body();
   now->done = true;
-  swapcontext(&now->context, &scheduler);
+  suspend();
 }
 
 inline void run_cluster() {
   std::vector<Fiber*> left;
   for (Fiber& fiber : fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = Fiber::STACK;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = Fiber::STACK;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, fiber_main, 0);
     left.push_back(&fiber);
   }
   while (!left.empty()) {
@@ -162,8 +176,7 @@ inline void run_cluster() {
     for (Fiber* fiber : left) {
       if (fiber->waits_for && !(*fiber->waits_for)()) continue;
       fiber->waits_for = nullptr;
-      now = fiber;
-      swapcontext(&scheduler, &fiber->context);
+      resume(fiber);
       moved = true;
     }
     left.erase(std::remove_if(left.begin(), left.end(), [](Fiber* fiber) { return fiber->done; }), left.end());
@@ -281,6 +294,7 @@ DEVICE uint32_t bf16_pair(float first, float second) {
 template <typename T>
 DEVICE void store(void* to, T value) {
   const auto* const from = static_cast<const unsigned char*>(to);
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T)) emulation::error = emulation::MISALIGNED;
   for (const auto& copy : emulation::copies) {
     if (from < copy.from + copy.bytes && copy.from < from + sizeof(T)) emulation::error = emulation::OVERWRITTEN;
   }
