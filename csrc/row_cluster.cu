@@ -402,7 +402,7 @@ constexpr int64_t shared_bytes(int v, int item_bytes, int cluster, int threads) 
   return slice * item_bytes + (cluster + threads / WARP) * sizeof(State) + (slice + tile - 1) / tile * sizeof(uint64_t);
 }
 
-// One cluster a row. With a reference its row is held as well.
+// One cluster a row. A reference's row is held as well: in a larger cluster it is read once, streamed it would be twice.
 template <typename In, bool REF, int THREADS>
 __global__ void __launch_bounds__(THREADS, 3) row_kernel(const __grid_constant__ Rows rows) {
   constexpr int TILE = THREADS * ITEMS, WARPS = THREADS / WARP;

@@ -66,7 +66,8 @@ def linear_token_logprobs(
         softcap: c in c · tanh(logits / c).
         chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²⁴ logits on a CPU.
         backend: "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch" (any device and dtype), or
-            "auto": the first of them that can take these tensors.
+            "auto": the first of them that can take these tensors. "cuda" is for Hopper GPUs, where the install built it
+            (FST_CUDA=1), and not measured yet, so that "auto" leaves it out.
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
