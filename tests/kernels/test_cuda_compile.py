@@ -85,6 +85,7 @@ def test_rows_come_by_bulk_copies_and_leave_in_16_bytes_after_the_cluster_has_me
     [
         (1, 4, 1, 3),
         (16384, 4, 1, 3),
+        (19200, 4, 2, 3),  # a KB of every block is the system's
         (32768, 4, 2, 3),
         (128256, 4, 8, 3),
         (151936, 4, 8, 3),
