@@ -20,29 +20,15 @@ DTYPES = torch.float32, torch.bfloat16  # of logits and their gradient
 
 
 def refusal(*operands: Tensor) -> str | None:
-    """Why this backend cannot take these logits (n, V), or this hidden and weight (V, H); None if it can."""
+    """Why this backend cannot take these logits, or this hidden and weight; None if it can."""
     for x in operands:
         if not _is_hopper(x.device):
             return f"it is for Hopper GPUs (compute capability 9.0), got a tensor on {x.device}"
         if x.dtype == torch.float64:
             return "float64 is the torch backend's"
-    if LIBRARY is None:
-        return NOT_BUILT
-    if len(operands) == 1 and (reason := _misfit(operands[0])):
-        return reason
-    v = operands[0].shape[1] if len(operands) == 1 else len(operands[1])
-    if not LIBRARY.cluster_size(v, 2 * 4):
-        return f"a row of {v} logits and one of a reference do not fit the shared memory of a cluster"
-    return None
-
-
-def _misfit(logits: Tensor) -> str | None:
-    """Why the kernel cannot read these rows, or write their gradient, whose rows follow one another."""
-    if logits.dtype not in DTYPES:
-        return f"it takes logits in fp32 or bf16, got {logits.dtype}"
-    if any(x * logits.element_size() % 16 for x in logits.shape[1:] + logits.stride()[:1]) or logits.data_ptr() % 16:
-        return f"it takes rows of logits of a multiple of 16 bytes, got {list(logits.shape)} {logits.dtype}"
-    return None
+    if len(operands) == 1 and operands[0].dtype not in DTYPES:
+        return f"it takes logits in fp32 or bf16, got {operands[0].dtype}"
+    return None if LIBRARY is not None else NOT_BUILT
 
 
 # ---- the library ---------------------------------------------------------------------------------------------------
@@ -117,6 +103,14 @@ def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, g
     assert LIBRARY is not None
     products, ref = logits.products, None if ask.ref is None else ask.ref.products
     n, v = products.shape
+    cluster = LIBRARY.cluster_size(v, products.element_size() * (1 if ref is None else 2))
+    if v and not cluster:
+        raise ValueError(f"backend='cuda' has no room for rows of {v} logits: use 'triton'")
+    if not logits.ours and not _aligned(products):
+        raise ValueError(
+            f"backend='cuda' takes logits whose rows are multiples of 16 bytes, got {list(products.shape)}"
+            f" {products.dtype}: use 'triton'"
+        )
     given = row_arguments(logits, ask, upstream)
     bias, ref_bias = (None if x is None else x.float() for x in (given.bias, given.ref_bias))
     rows = _Rows(
@@ -146,10 +140,15 @@ def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, g
         bf16_grad=grad is not None and grad.dtype == torch.bfloat16,
     )
     if n and v:
-        item_bytes = products.element_size() * (1 if ref is None else 2)
         with torch.cuda.device_of(products):
-            LIBRARY.launch(rows, LIBRARY.cluster_size(v, item_bytes), _stream(products.device))
+            LIBRARY.launch(rows, cluster, _stream(products.device))
     return given.found
+
+
+def _aligned(logits: Tensor) -> bool:
+    """The kernel can read these rows, and write a gradient of their dtype whose rows follow one another."""
+    size = logits.element_size()
+    return not any(x % 16 for x in (logits.data_ptr(), size * logits.stride(0), size * logits.shape[1]))
 
 
 def _pointer(x: Tensor | None) -> int | None:

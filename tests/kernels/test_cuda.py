@@ -1,7 +1,6 @@
 """The CUDA row kernel: on a Hopper GPU as nvcc built it, elsewhere its source built by g++ with cuda_emulation.h."""
 
 import math
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -225,7 +224,7 @@ def test_nothing_but_the_logits_is_read_or_written(kernel: Fixture, given_dtype:
     grad = torch.full((3, 1152), 7.0, dtype=given_dtype, device=DEVICE)
     targets = torch.tensor([0, v - 1, v // 2], device=DEVICE)
     before = memory.clone()
-    logits = Logits(memory[:, :v], None, torch.tensor(1.0), None, ours=False)
+    logits = Logits(memory[:, :v], None, torch.tensor(1.0), None)
     found = kernel(logits, Ask(targets, False), Measures(torch.ones(3, device=DEVICE)), grad[:, :v])
     truth = torch.log_softmax(values.double(), -1).gather(1, targets.cpu()[:, None]).squeeze(1)
     torch.testing.assert_close(found.logprobs, truth.float().to(DEVICE), atol=1e-5, rtol=0)
@@ -410,23 +409,49 @@ def test_cpu_tensors_are_refused_and_auto_leaves_them_to_others(make_problem: Fi
     assert api._backend("auto", p.hidden, p.weight) != "cuda"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_given_logits_of_other_dtypes_are_refused(backend: str, dtype: torch.dtype) -> None:
+    logits, targets = torch.zeros(2, 8, dtype=dtype, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=f"backend='cuda' is not available: .*float{dtype.itemsize * 8}"):
+        token_logprobs(logits, targets, backend=backend)
+
+
 @pytest.mark.parametrize(
-    ("operands", "reason"),
+    "logits",
     [
-        ([torch.empty(2, 8)], "None"),
-        ([torch.empty(2, 8, dtype=torch.bfloat16)], "None"),
-        ([torch.empty(2, 8, dtype=torch.float16)], "fp32 or bf16, got torch.float16"),
-        ([torch.empty(2, 8, dtype=torch.float64)], "float64 is the torch backend's"),
-        ([torch.empty(2, 9)], r"multiple of 16 bytes, got \[2, 9\]"),
-        ([torch.empty(2, 12, dtype=torch.bfloat16)], "multiple of 16 bytes"),
-        ([torch.empty(2, 10)[:, :8]], "multiple of 16 bytes"),
-        ([torch.empty(20)[1:17].view(2, 8)], "multiple of 16 bytes"),
-        ([torch.empty(2, 3), torch.empty(9, 3)], "None"),
-        ([torch.empty(1, 1), torch.empty(500_000, 1)], "500000 logits .* do not fit"),
+        torch.zeros(2, 9),
+        torch.zeros(2, 12, dtype=torch.bfloat16),
+        torch.zeros(2, 10)[:, :8],
+        torch.zeros(20)[1:17].view(2, 8),
     ],
 )
-def test_it_says_what_it_cannot_take(backend: str, operands: list[Tensor], reason: str) -> None:
-    assert re.search(reason, str(cuda_backend.refusal(*(x.to(DEVICE) for x in operands))))
+def test_given_logits_in_rows_that_bulk_copies_cannot_take_are_refused(backend: str, logits: Tensor) -> None:
+    targets = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    rows = torch.empty_strided((40,), (1,), dtype=logits.dtype, device=DEVICE).zero_()
+    logits = rows.as_strided(logits.shape, logits.stride(), logits.storage_offset())
+    with pytest.raises(ValueError, match=r"rows are multiples of 16 bytes, got \[2, .*: use 'triton'"):
+        token_logprobs(logits, targets, backend=backend)
+
+
+def test_rows_that_no_cluster_holds_are_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match="no room for rows of 1000000 logits"):
+        token_logprobs(
+            torch.zeros(1, 10**6, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE), backend=backend
+        )
+
+
+def test_a_caller_compiles_into_one_graph(backend: str, make_problem: Fixture) -> None:
+    p = make_problem(5, 6, 37)
+    hidden, weight, *rows = (x.detach().to(DEVICE) for x in (p.hidden, p.weight, *p.rows))
+    hidden.requires_grad_()
+
+    def loss(hidden: Tensor) -> Tensor:
+        return linear_policy_loss(hidden, weight, *rows, weight_max=4.0, backend=backend).loss * 2
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden)
+    assert torch.equal(compiled, loss(hidden))
+    (a,), (b,) = torch.autograd.grad(compiled, hidden), torch.autograd.grad(loss(hidden), hidden)
+    assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(ON_GPU, reason="this GPU's driver is there")
