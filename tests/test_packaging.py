@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,3 +45,27 @@ def test_without_the_compiled_helpers_python_takes_over_with_one_warning(tmp_pat
         "    print(build([(1, 2), (1, 3)]).tokens, build([(1, 2), (1, 2, 3)]).tokens, len(caught))"
     )
     assert python(code, tmp_path) == "3 3 1\n"
+
+
+def test_without_any_compiler_the_build_succeeds_with_one_warning_that_names_what_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    nowhere = str(tmp_path / "nowhere")
+    environment = os.environ | {"CC": nowhere, "CXX": nowhere, "CUDA_HOME": nowhere, "PATH": nowhere, "FST_CUDA": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (warning,) = (line for line in run.stderr.splitlines() if line.startswith("WARNING"))
+    assert all(f"{name} ([Errno 2]" in warning for name in ("fst_fast._csrc", "fst_kernels._csrc", "fst_kernels._cuda"))
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_nothing_of_cuda_is_built_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    names: list[str] = []
+    monkeypatch.setattr(setuptools, "setup", lambda ext_modules, **_: names.extend(x.name for x in ext_modules))
+    for asked, expected in (("0", 2), ("1", 3)):
+        names.clear()
+        monkeypatch.setenv("FST_CUDA", asked)
+        runpy.run_path(str(ROOT / "setup.py"))
+        assert len(names) == expected
+        assert ("fst_kernels._cuda" in names) == (asked == "1")

@@ -12,14 +12,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import cpu_backend, ops
+from . import cpu_backend, cuda_backend, ops
 from .autograd import attach_gradients
 from .checks import mask_rules, policy_rules, require
 from .objective import Objective, PolicyRows, live_sum, ratio_metrics
 from .types import OPERANDS, Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
 
 HAS_TRITON = find_spec("triton") is not None
-BACKENDS = ("triton", "cpu", "torch") if HAS_TRITON else ("cpu", "torch")
+BACKENDS = (*(("triton",) if HAS_TRITON else ()), "cuda", "cpu", "torch")
 
 
 def token_logprobs(
@@ -66,8 +66,10 @@ def linear_token_logprobs(
         softcap: c in c · tanh(logits / c).
         chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²⁴ logits on a CPU.
         backend: "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch" (any device and dtype), or
-            "auto": the first of them that can take these tensors. Here also "triton-matrix", for bf16 or fp16 on a
-            Hopper GPU: no logit is stored in the forward pass, the backward pass is that of "triton".
+            "auto": the first of them that can take these tensors. Not measured yet, so that "auto" leaves them out:
+            "cuda", rows in clusters' shared memory on a Hopper GPU, where the install built it (FST_CUDA=1); and, here
+            only, "triton-matrix", bf16 or fp16 on a Hopper GPU, which stores no logit in the forward pass and whose
+            backward pass is that of "triton".
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
@@ -239,6 +241,8 @@ def _backend(name: str, *operands: Tensor) -> str:
         )
     if name == "cpu" and (reason := cpu_backend.refusal(*operands)):
         raise ValueError(f"backend='cpu' is not available: {reason}")
+    if name == "cuda" and (reason := cuda_backend.refusal(*operands)):
+        raise ValueError(f"backend='cuda' is not available: {reason}")
     return name
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, cpu_backend, torch_backend
+from . import blocks, cpu_backend, cuda_backend, torch_backend
 from .autograd import reject_second_order
 from .blocks import Measures, PolicyPass, RowStep
 from .checks import policy_rules, require, target_rules
@@ -20,6 +20,8 @@ from .types import Head, Logits, arithmetic_dtype
 def _row_step(backend: str) -> RowStep:
     if backend == "cpu":
         return cpu_backend.row_step
+    if backend == "cuda":
+        return cuda_backend.row_step
     if backend in ("triton", "triton-matrix"):
         from . import triton_backend
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .blocks import WIDTH, Ask, Measures
 from .objective import PolicyRows
+from .row_arguments import row_arguments
 from .triton_kernels import row_kernel
 from .types import Logits
 
@@ -24,57 +25,35 @@ BLOCK, WARPS = 2048, 8
 def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, grad: Tensor | None) -> Measures:
     products, ref = logits.products, None if ask.ref is None else ask.ref.products
     n, v = products.shape
-
-    def per_row(wanted: bool) -> Tensor | None:
-        return torch.empty(n, dtype=torch.float32, device=products.device) if wanted else None
-
-    found = Measures(per_row(ask.targets is not None), per_row(ask.entropy), per_row(ref is not None), per_row(True))
-    kind, low, high, behavior, advantages, weights = "given", 0.0, 0.0, None, None, None
-    slopes = Measures()
-    if isinstance(upstream, PolicyRows):
-        kind, (low, high) = upstream.objective.kind, upstream.objective.bounds
-        behavior, advantages, weights = upstream.behavior_logprobs, upstream.advantages, upstream.weights
-        slopes = Measures(None, *upstream.term_slopes())
-    elif upstream is not None:
-        slopes = Measures(*(None if g is None else g.contiguous() for g in upstream))
+    given = row_arguments(logits, ask, upstream)
     if n:
         with torch.cuda.device_of(products):
             row_kernel[(n,)](
                 products,
                 ref,
-                _contiguous(logits.bias),
-                None if ask.ref is None else _contiguous(ask.ref.bias),
+                given.bias,
+                given.ref_bias,
                 grad,
-                ask.targets,
-                _per_row(logits.temperature, n, products.device),
-                *found,
-                *slopes,
-                behavior,
-                advantages,
-                weights,
-                float(low),
-                float(high),
+                given.targets,
+                given.temperature,
+                *given.found,
+                *given.slopes,
+                given.behavior,
+                given.advantages,
+                given.weights,
+                given.low,
+                given.high,
                 float(logits.softcap or 0),
                 v,
                 triton.cdiv(v, WIDTH) * WIDTH if logits.ours else v,
                 products.stride(0),
                 0 if ref is None else ref.stride(0),
                 0 if grad is None else grad.stride(0),
-                KIND=kind,
+                KIND=given.kind,
                 CAPPED=logits.softcap is not None,
                 FORWARD_KL=ask.forward_kl,
                 BLOCK=BLOCK if ref is None else BLOCK // 2,
                 num_warps=WARPS,
                 enable_fp_fusion=False,  # both passes then see the same logits, and no log-prob is above 0
             )
-    return found
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _per_row(temperature: Tensor, n: int, device: torch.device) -> Tensor | None:
-    if temperature.ndim == 0 and temperature.device.type == "cpu" and temperature.item() == 1:
-        return None
-    return temperature.to(device=device, dtype=torch.float32).expand(n).contiguous()
+    return given.found
