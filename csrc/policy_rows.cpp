@@ -39,8 +39,10 @@ enum Slope {
 // Mirrored by cpu_backend._Rows.
 struct Rows {
   int64_t n, v, first;                // rows, columns, and the vocabulary item of the first column
-  float* logits;                      // [n, v] as the product left them; the gradient overwrites them
+  const float* logits;                // [n, v] as the product left them
   int64_t stride;
+  float* grad;                        // [n, v] of the gradient; may be `logits`
+  int64_t grad_stride;
   const float* bias;                  // [v] or null
   const float* ref;                   // [n, v] or null
   int64_t ref_stride;
@@ -153,7 +155,7 @@ void fst_rows_measure(const Rows* rows, int level, int threads) {
   for_each_row(work, *rows, threads);
 }
 
-// Overwrites `logits` by d loss / d logits (before bias, softcap and temperature).
+// Fills `grad` with d loss / d logits (before bias, softcap and temperature).
 void fst_rows_gradient(const Rows* rows, int level, int threads) {
   Work work = baseline::gradient_row;
 #if PER_LEVEL

@@ -161,10 +161,16 @@ static void gradient_row(const Rows& a, int64_t row) {
                entropy = all(c[ENTROPY]), on_kl = all(c[ON_KL]), kl = all(c[KL]), scale = all(inverse_temperature),
                zero{};
   const int64_t target = a.targets ? a.targets[row] : -1;
-  float* logits = a.logits + row * a.stride;
+  const float* logits = a.logits + row * a.stride;
+  float* grad = a.grad + row * a.grad_stride;
+  if (c[ON_TARGET] == 0 && c[ON_SOFTMAX] == 0 && c[ON_ENTROPY] == 0 && c[ON_KL] == 0) {  // whatever the logits are
+    memset(grad, 0, a.v * 4);
+    return;
+  }
   for (int64_t start = 0; start < a.v; start += BLOCK) {
     const int64_t count = a.v - start < BLOCK ? a.v - start : BLOCK;
-    float* z = logits + start;
+    const float* z = logits + start;
+    float* out = grad + start;
     const float* bias = a.bias ? a.bias + start : nullptr;
     transform(z, bias, a.softcap, inverse_temperature, count, p, a.softcap > 0 ? slope : nullptr);
     if (a.ref)
@@ -179,11 +185,11 @@ static void gradient_row(const Rows& a, int64_t row) {
       if (a.ref && a.reverse) g += on_kl * (prob - exponential((load(q + i) - ref_peak) - ref_log_total));
       g *= a.softcap > 0 ? load(slope + i) : scale;
       if (i + LANES <= count)
-        store(z + i, g);
+        store(out + i, g);
       else
-        memcpy(z + i, &g, (count - i) * 4);
+        memcpy(out + i, &g, (count - i) * 4);
     }
     if (target >= start && target < start + count)
-      z[target - start] += c[ON_TARGET] * (a.softcap > 0 ? slope[target - start] : inverse_temperature);
+      out[target - start] += c[ON_TARGET] * (a.softcap > 0 ? slope[target - start] : inverse_temperature);
   }
 }

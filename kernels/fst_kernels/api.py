@@ -4,7 +4,9 @@ N tokens, H hidden size, V vocabulary. hidden [N,H] and weight [V,H] are fp32, b
 the arithmetic is fp32, or fp64 if an operand is. The definitions, plain and in float64, are `fst_kernels.reference`.
 """
 
+import math
 import os
+import warnings
 from importlib.util import find_spec
 
 import torch
@@ -12,34 +14,36 @@ from torch import Tensor
 
 from . import cpu_backend, ops
 from .autograd import attach_gradients
+from .checks import mask_rules, policy_rules, require
 from .objective import Objective, PolicyRows, live_sum, ratio_metrics
-from .types import Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
+from .types import OPERANDS, Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
 
 HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("triton", "cpu", "torch") if HAS_TRITON else ("cpu", "torch")
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, entropy: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    backend: str = "auto",
 ) -> TokenLogprobs:
     """Log-prob of each target under softmax(logits / temperature), for logits [N,V] that already exist.
 
-    Differentiable in logits. temperature: a number or [N]. entropy=True adds the entropy over the vocabulary.
+    Differentiable in logits, whose gradient (of their dtype) is made in one more pass over them; a row without a slope
+    gets exactly 0, whatever it holds. temperature: a number or [N]. entropy=True adds the entropy over the vocabulary.
+    backend as in `linear_token_logprobs`. Raises ValueError on arguments that do not fit.
     """
-    if logits.ndim != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be [N,V] and floating point, got {list(logits.shape)} {logits.dtype}")
-    _check_rows(len(logits), targets=targets)
-    dtype = arithmetic_dtype(logits)
-    scale = _temperature(temperature).to(dtype)
-    if scale.ndim:
-        _check_rows(len(logits), temperature=scale)
-        scale = scale[:, None]
-    z = logits.to(dtype) / scale
-    peak = z.detach().amax(-1, keepdim=True)  # taken off first: large logits then cost the log-probs no digits
-    log_total = (z - peak).exp().sum(-1, keepdim=True).log()
-    logs = z - peak - log_total
-    entropies = -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0)).sum(-1) if entropy else None
-    return TokenLogprobs(logs.gather(1, targets[:, None]).squeeze(1), entropies, (peak + log_total).squeeze(1))
+    if logits.ndim != 2 or logits.dtype not in OPERANDS:
+        raise ValueError(f"logits must be [N,V] and one of {OPERANDS}, got {list(logits.shape)} {logits.dtype}")
+    scale = _temperature(temperature, logits)
+    _check_rows(logits, targets=targets)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    found = ops.measure_logits(logits, scale, targets, entropy, _backend(backend, logits))
+    return TokenLogprobs(found[0], found[1] if entropy else None, found[-1])
 
 
 def linear_token_logprobs(
@@ -60,15 +64,17 @@ def linear_token_logprobs(
         hidden [N,H], weight [V,H], bias [V] or None, targets int64 [N].
         temperature: a number or [N], dividing the logits after the softcap.
         softcap: c in c · tanh(logits / c).
-        chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²³ logits on a CPU.
-        backend: "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch", or "auto": triton on a GPU, else torch.
+        chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²⁴ logits on a CPU.
+        backend: "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch" (any device and dtype), or "auto": the first
+            of them that can take these tensors.
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
     """
-    head = Head(hidden, weight, bias, _temperature(temperature), softcap)
-    _check_rows(len(hidden), targets=targets)
-    chosen = _backend(backend, head, chunk_rows)
+    head = Head(hidden, weight, bias, _temperature(temperature, hidden), softcap)
+    _check_rows(hidden, targets=targets)
+    _check_chunk(chunk_rows)
+    chosen = _backend(backend, hidden, weight)
     found = ops.measure(*ops.tensors(head, None), targets, entropy, True, chunk_rows, chosen)
     return TokenLogprobs(found[0], found[1] if entropy else None, found[-1])
 
@@ -92,10 +98,12 @@ def policy_loss(
     `linear_policy_loss` says what the arguments and metrics are. Only loss and metrics of PolicyLoss are filled.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
-    n, dtype = len(logprobs), arithmetic_dtype(logprobs)
-    _check_rows(n, logprobs=logprobs, behavior_logprobs=behavior_logprobs, advantages=advantages)
-    live, weights = _weigh(n, dtype, logprobs.device, mask, token_weights, denominator)
+    dtype = arithmetic_dtype(logprobs)
+    _check_rows(logprobs, logprobs=logprobs, behavior_logprobs=behavior_logprobs, advantages=advantages)
+    live, weights = _weigh(logprobs, dtype, mask, token_weights, denominator)
     values, behavior, advantages = (x.detach().to(dtype) for x in (logprobs, behavior_logprobs, advantages))
+    if not torch.compiler.is_compiling():
+        require(*policy_rules(PolicyRows(values, behavior, advantages, live, weights, objective, 0.0, 0.0)))
     terms = objective.terms(values, behavior, advantages)
     loss = live_sum(live, weights * terms.loss)
     if torch.is_grad_enabled() and logprobs.requires_grad:
@@ -161,17 +169,17 @@ def linear_policy_loss(
     (to its `grad_dtype` where that is set). Raises ValueError on arguments that do not fit.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
-    head = Head(hidden, weight, bias, _temperature(temperature), softcap)
-    chosen = _backend(backend, head, chunk_rows)
-    n, dtype = len(hidden), head.dtype
-    _check_rows(n, targets=targets, behavior_logprobs=behavior_logprobs, advantages=advantages)
+    head = Head(hidden, weight, bias, _temperature(temperature, hidden), softcap)
+    _check_chunk(chunk_rows)
+    chosen, dtype = _backend(backend, hidden, weight), head.dtype
+    _check_rows(hidden, targets=targets, behavior_logprobs=behavior_logprobs, advantages=advantages)
     ref = None
     if ref_hidden is not None and ref_weight is not None:
         ref = _reference(head, ref_hidden, ref_weight, ref_bias)
     elif kl_coef != 0 or not (ref_hidden is ref_weight is ref_bias is None):
         raise ValueError("a KL term needs both ref_hidden and ref_weight")
 
-    live, weights = _weigh(n, dtype, hidden.device, mask, token_weights, denominator)
+    live, weights = _weigh(hidden, dtype, mask, token_weights, denominator)
     behavior, advantages = (x.detach().to(dtype) for x in (behavior_logprobs, advantages))
     batch = PolicyRows(targets, behavior, advantages, live, weights, objective, entropy_coef, kl_coef)
     inputs = hidden, weight, bias
@@ -205,43 +213,55 @@ def linear_kl(
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f'direction={direction!r} is unknown: use "forward" or "reverse"')
-    p = Head(hidden_p, weight_p, bias_p, _temperature(temperature), softcap)
+    p = Head(hidden_p, weight_p, bias_p, _temperature(temperature, hidden_p), softcap)
     q = _reference(p, hidden_q, weight_q, bias_q)
-    chosen = _backend(backend, p, chunk_rows)
+    _check_chunk(chunk_rows)
+    chosen = _backend(backend, hidden_p, weight_p)
     return ops.measure(*ops.tensors(p, q), None, False, direction == "forward", chunk_rows, chosen)[0]
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _backend(name: str, head: Head, chunk_rows: int | None) -> str:
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+def _backend(name: str, *operands: Tensor) -> str:
+    """The name of a backend that can take these tensors."""
     if name == "auto":
-        return _best(head)
+        return _best(*operands)
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not available: use one of {('auto', *BACKENDS)}")
-    if name == "triton" and head.dtype != torch.float32:
+    if name == "triton" and arithmetic_dtype(*operands) != torch.float32:
         raise ValueError("backend='triton' computes in fp32: use 'torch' for fp64 operands")
-    if name == "triton" and not (head.hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    if name == "triton" and not (operands[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError(
             f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1, set before triton is imported),"
-            f" got hidden on {head.hidden.device}"
+            f" got {operands[0].device}"
         )
-    if name == "cpu" and (reason := cpu_backend.refusal(head)):
+    if name == "cpu" and (reason := cpu_backend.refusal(*operands)):
         raise ValueError(f"backend='cpu' is not available: {reason}")
     return name
 
 
-def _best(head: Head) -> str:
-    return "triton" if HAS_TRITON and head.hidden.is_cuda and head.dtype == torch.float32 else "torch"
+def _best(*operands: Tensor) -> str:
+    if HAS_TRITON and operands[0].is_cuda and arithmetic_dtype(*operands) == torch.float32:
+        return "triton"
+    reason = cpu_backend.refusal(*operands)
+    if reason == cpu_backend.NOT_BUILT:
+        warnings.warn(f"{reason}: slower torch code runs instead", stacklevel=4)
+    return "torch" if reason else "cpu"
 
 
-def _temperature(temperature: float | Tensor) -> Tensor:
+def _check_chunk(chunk_rows: int | None) -> None:
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+
+
+def _temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
+        if temperature.ndim:
+            _check_rows(like, temperature=temperature)
         return temperature.detach()
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     return torch.tensor(temperature, dtype=torch.float64)
 
 
@@ -257,27 +277,36 @@ def _reference(policy: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _weigh(
-    n: int,
+    like: Tensor,
     dtype: torch.dtype,
-    device: torch.device,
     mask: Tensor | None,
     token_weights: Tensor | None,
     denominator: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Which rows count, and token_weights / denominator, which means nothing where they do not; both (N,)."""
-    _check_rows(n, mask=mask, token_weights=token_weights)
+    _check_rows(like, mask=mask, token_weights=token_weights)
+    if mask is not None and mask.dtype != torch.bool and not torch.compiler.is_compiling():
+        require(*mask_rules(mask))
+    n, device = len(like), like.device
     live = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
     if denominator is None:
         denominator = live.sum().clamp(min=1)
-    elif not isinstance(denominator, Tensor) and not denominator > 0:
-        raise ValueError(f"denominator must be above 0, got {denominator}")
+    elif not isinstance(denominator, Tensor) and not 0 < denominator < math.inf:
+        raise ValueError(f"denominator must be above 0 and finite, got {denominator}")
     weights = torch.ones(n, dtype=dtype, device=device) if token_weights is None else token_weights.detach().to(dtype)
     return live, weights / denominator
 
 
-def _check_rows(n: int, **vectors: Tensor | None) -> None:
+def _check_rows(like: Tensor, **vectors: Tensor | None) -> None:
+    """Each has an entry for every row of `like`, on its device, of a dtype that its name asks for."""
     for name, vector in vectors.items():
-        if vector is not None and vector.shape != (n,):
-            raise ValueError(f"{name} must be [{n}], one entry a token, got {list(vector.shape)}")
-        if name == "targets" and vector is not None and vector.dtype != torch.int64:
+        if vector is None:
+            continue
+        if vector.shape != like.shape[:1]:
+            raise ValueError(f"{name} must be [{len(like)}], one entry a token, got {list(vector.shape)}")
+        if name == "targets" and vector.dtype != torch.int64:
             raise ValueError(f"targets must be int64, got {vector.dtype}")
+        if name not in ("targets", "mask") and not vector.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {vector.dtype}")
+        if vector.device != like.device:
+            raise ValueError(f"{name} must be on {like.device} like the other tensors, got {vector.device}")

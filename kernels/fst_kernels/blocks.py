@@ -3,24 +3,73 @@
 A backend is one `RowStep`, which turns a block of logits into its measures and its gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .objective import PolicyRows
-from .types import Head, arithmetic_dtype
+from .types import Head, Logits, arithmetic_dtype
+
+# Rows of logits begin at multiples of this, so that a kernel's loads are 16 bytes wide whatever V is.
+WIDTH = 16
+CHUNK_ROWS = 4096  # on a GPU
+CHUNK_LOGITS = (
+    2**24
+)  # on a CPU, 64 MiB: every chunk reads and writes the weight's gradient, and casts a bf16 head twice
+CAST_ON_CPU, CAST_ON_GPU = 2**21, 2**26  # elements of a head that has to be cast, at a time: no copy of it exists
 
 
 class Multiplier:
     """A head ready to multiply: bf16 operands on a GPU go as they are into an fp32 product, others are upcast first."""
 
-    def __init__(self, head: Head, dtype: torch.dtype) -> None:
+    def __init__(self, head: Head) -> None:
         keep = head.hidden.is_cuda and head.hidden.dtype == head.weight.dtype == torch.bfloat16
-        self.source, self.dtype = head, dtype
-        self.operand_dtype = torch.bfloat16 if keep else dtype
-        self.weight = head.weight.to(self.operand_dtype)
+        self.source, self.dtype = head, head.dtype
+        self.operand_dtype = torch.bfloat16 if keep else self.dtype
+        self._buffer: Tensor | None = None
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        return self.source.hidden[rows].to(self.operand_dtype)  # (n, H)
+
+    @property
+    def columns(self) -> int:
+        """How many of the head's rows to take at a time: all, unless they have to be cast."""
+        v, h = self.source.weight.shape
+        if self.source.weight.dtype == self.operand_dtype:
+            return max(1, v)
+        elements = CAST_ON_CPU if self.source.weight.device.type == "cpu" else CAST_ON_GPU
+        return max(1, min(v, max(1024, elements // max(1, h))))
+
+    def tiles(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
+        """The head's rows as operands, so many at a time."""
+        v = len(self.source.weight)
+        for start in range(0, v, columns):
+            tile = slice(start, min(v, start + columns))
+            yield tile, self.source.weight[tile].to(self.operand_dtype)
+
+    def logits(self, rows: Tensor) -> Logits:
+        """The logits of these rows, in memory that the next call uses again."""
+        n, v = len(rows), len(self.source.weight)
+        if self._buffer is None or len(self._buffer) < n:
+            self._buffer = torch.empty(n, -(-v // WIDTH) * WIDTH, dtype=self.dtype, device=rows.device)
+        products, inputs = self._buffer[:n, :v], self.inputs(rows)
+        for tile, weight in self.tiles(self.columns):
+            self.product(inputs, weight.T, out=products[:, tile])
+        return self.shaped(rows, products)
+
+    def shaped(self, rows: Tensor, products: Tensor) -> Logits:
+        t = self.source.temperature
+        return Logits(products, self.source.bias, t[rows] if t.ndim else t, self.source.softcap)
+
+    def back(self, grad: Tensor) -> Tensor:
+        """grad · weight (n, H) in the arithmetic's dtype, for a gradient (n, V) of the logits in the operands'."""
+        total = grad.new_zeros(len(grad), self.source.weight.shape[1], dtype=self.dtype)
+        for tile, weight in self.tiles(self.columns):
+            self.add_product(total, grad[:, tile], weight)
+        return total
 
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         with torch.autocast(a.device.type, enabled=False):  # it would round the logits to bf16: 3.4 % of ρ
@@ -35,13 +84,6 @@ class Multiplier:
                 total.addmm_(a, b)
             else:
                 torch.addmm(total, a, b, out_dtype=self.dtype, out=total)
-
-    def inputs(self, rows: Tensor) -> Tensor:
-        return self.source.hidden[rows].to(self.operand_dtype)  # (n, H)
-
-    def temperature(self, rows: Tensor) -> Tensor:
-        t = self.source.temperature
-        return t[rows, None] if t.ndim else t
 
 
 class Measures(NamedTuple):
@@ -58,23 +100,19 @@ class Ask(NamedTuple):
 
     targets: Tensor | None  # (n,)
     entropy: bool
-    ref: Multiplier | None  # of the KL
+    ref: Logits | None = None  # of the KL
     forward_kl: bool = True
 
 
 class RowStep(Protocol):
     def __call__(
-        self,
-        head: Multiplier,
-        rows: Tensor,
-        ask: Ask,
-        upstream: Measures | PolicyRows | None,
-        grad_dtype: torch.dtype,
-    ) -> tuple[Measures, Tensor | None]:
-        """The measures of these rows (n,), and the gradient (n, V) in the head's own logits if there is an upstream.
+        self, logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, grad: Tensor | None
+    ) -> Measures:
+        """The measures of these rows (n,); if there is an upstream, the gradient in logits.products goes into `grad`.
 
-        upstream: the slopes of a loss in the measures, or the batch of these rows whose loss it is. The gradient is in
-        grad_dtype, before softcap and temperature were applied, and free to be overwritten.
+        upstream: the slopes of a loss in the measures, or the batch of these rows whose loss it is. A row whose slopes
+        are all 0 has gradient 0, whatever its logits.
+        grad: (n, V), fp32 or narrower; may be logits.room(its dtype).
         """
 
 
@@ -110,7 +148,7 @@ class _HeadGradients:
             self.bias += grad.sum(0)
         grad = grad.to(self.head.operand_dtype)
         if self.hidden is not None:
-            self.hidden[rows] = self.head.product(grad, self.head.weight).to(self.hidden.dtype)
+            self.hidden[rows] = self.head.back(grad).to(self.hidden.dtype)
         if self.weight is not None:
             self.head.add_product(self.weight, grad.T, self.head.inputs(rows))
 
@@ -118,14 +156,17 @@ class _HeadGradients:
         return self.hidden, self.weight, self.bias
 
 
-def _split(rows: Tensor, chunk_rows: int | None, head: Head) -> tuple[Tensor, ...]:
+def _split(rows: Tensor, chunk_rows: int | None, v: int) -> tuple[Tensor, ...]:
     """Blocks of row numbers, large enough that updating the weight gradient costs little beside its product."""
-    default = 4096 if head.weight.is_cuda else max(256, 2**23 // max(1, len(head.weight)))
-    return rows.split(chunk_rows or default)
+    return rows.split(chunk_rows or (CHUNK_ROWS if rows.is_cuda else max(256, CHUNK_LOGITS // max(1, v))))
 
 
 def _multipliers(head: Head, ref: Head | None) -> tuple[Multiplier, Multiplier | None]:
-    return Multiplier(head, head.dtype), None if ref is None else Multiplier(ref, head.dtype)
+    return Multiplier(head), None if ref is None else Multiplier(ref)
+
+
+def join(parts: Iterable[Measures]) -> Measures:
+    return Measures(*(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)))
 
 
 # ---- log-probs, entropy, logsumexp, exact KL: backward computes the logits again, 4 products in all -----------------
@@ -141,12 +182,12 @@ def measure(
     chunk_rows: int | None,
 ) -> Measures:
     policy, reference = _multipliers(head, ref)
-    every = torch.arange(len(head.hidden), device=head.hidden.device)
     blocks = []
-    for rows in _split(every, chunk_rows, head):
-        ask = Ask(None if targets is None else targets[rows], entropy, reference, forward_kl)
-        blocks.append(step(policy, rows, ask, None, head.dtype)[0])
-    return Measures(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    for rows in _split(torch.arange(len(head.hidden), device=head.hidden.device), chunk_rows, len(head.weight)):
+        ref_logits = None if reference is None else reference.logits(rows)
+        ask = Ask(None if targets is None else targets[rows], entropy, ref_logits, forward_kl)
+        blocks.append(step(policy.logits(rows), ask, None, None))
+    return join(blocks)
 
 
 def measure_backward(
@@ -161,17 +202,46 @@ def measure_backward(
 ) -> Gradients:
     policy, reference = _multipliers(head, ref)
     gradients = _HeadGradients(policy, wanted)
-    used = torch.zeros(len(head.hidden), dtype=torch.bool, device=head.hidden.device)
+    for rows in _split(used_rows(upstream, head.hidden), chunk_rows, len(head.weight)):
+        ref_logits = None if reference is None else reference.logits(rows)
+        ask = Ask(None if targets is None else targets[rows], upstream.entropy is not None, ref_logits, forward_kl)
+        logits = policy.logits(rows)
+        grad = logits.room(gradients.dtype)
+        step(logits, ask, Measures(*(None if g is None else g[rows] for g in upstream)), grad)
+        gradients.add(rows, grad)
+    return gradients.all()
+
+
+def used_rows(upstream: Measures, hidden: Tensor) -> Tensor:
+    """Numbers of the rows with a slope that is not 0."""
+    used = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     for g in upstream:
         used = used if g is None else used | (g != 0)
-    for rows in _split(used.nonzero().squeeze(1), chunk_rows, head):
-        ask = Ask(None if targets is None else targets[rows], upstream.entropy is not None, reference, forward_kl)
-        of_rows = Measures(*(None if g is None else g[rows] for g in upstream))
-        _, grad = step(policy, rows, ask, of_rows, gradients.dtype)
-        assert grad is not None
-        gradients.add(rows, grad)
-        del grad  # before the next one is made
-    return gradients.all()
+    return used.nonzero().squeeze(1)
+
+
+# ---- the measures of logits that are given: no product --------------------------------------------------------------
+
+
+def _row_blocks(logits: Logits) -> Iterator[tuple[slice, Logits]]:
+    n, v = logits.products.shape
+    step = max(1, n if logits.products.is_cuda else CHUNK_LOGITS // max(1, v))
+    for start in range(0, max(1, n), step):
+        rows = slice(start, start + step)
+        t = logits.temperature
+        yield rows, replace(logits, products=logits.products[rows], temperature=t[rows] if t.ndim else t)
+
+
+def measure_logits(step: RowStep, logits: Logits, targets: Tensor, entropy: bool) -> Measures:
+    return join(step(block, Ask(targets[rows], entropy), None, None) for rows, block in _row_blocks(logits))
+
+
+def measure_logits_backward(step: RowStep, logits: Logits, targets: Tensor, upstream: Measures) -> Tensor:
+    grad = torch.empty_like(logits.products, memory_format=torch.contiguous_format)
+    for rows, block in _row_blocks(logits):
+        slopes = Measures(*(None if g is None else g[rows] for g in upstream))
+        step(block, Ask(targets[rows], upstream.entropy is not None), slopes, grad[rows])
+    return grad
 
 
 # ---- the policy loss: the gradient is taken while the logits are there, 3 products, 4 with a reference --------------
@@ -196,10 +266,11 @@ def policy_pass(
     kl = None if ref is None else torch.zeros_like(batch.weights)
     learning = batch.learning() & any(wanted)
     for learns, chosen in ((True, learning), (False, batch.live & ~learning)):
-        for rows in _split(chosen.nonzero().squeeze(1), chunk_rows, head):
-            of_rows = batch.at(rows)
-            ask = Ask(of_rows.targets, True, reference)
-            found, grad = step(policy, rows, ask, of_rows if learns else None, gradients.dtype)
+        for rows in _split(chosen.nonzero().squeeze(1), chunk_rows, len(head.weight)):
+            of_rows, logits = batch.at(rows), policy.logits(rows)
+            ask = Ask(of_rows.targets, True, None if reference is None else reference.logits(rows))
+            grad = logits.room(gradients.dtype) if learns else None
+            found = step(logits, ask, of_rows if learns else None, grad)
             assert found.logprobs is not None
             assert found.entropy is not None
             logprobs[rows], entropy[rows] = found.logprobs, found.entropy
@@ -207,5 +278,4 @@ def policy_pass(
                 kl[rows] = found.kl
             if grad is not None:
                 gradients.add(rows, grad)
-            del grad  # before the next one is made
     return PolicyPass(logprobs, entropy, kl, gradients.all())

@@ -142,8 +142,11 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Ten
     With d = log π − log π_ref: k1 = d, k2 = d²/2, k3 = exp(−d) − 1 + d (Schulman 2020, joschu.net/blog/kl-approx.html).
     k1 and k3 are unbiased, k2 and k3 never negative. k3 clamps d to ±20 so that it stays finite.
 
-    Args: two tensors of one shape. Returns the same shape. Raises ValueError on an unknown kind.
+    Args: two tensors of one shape. Returns the same shape. Raises ValueError on an unknown kind or two shapes.
     """
+    if logprobs.shape != ref_logprobs.shape:
+        shapes = f"{list(logprobs.shape)} and {list(ref_logprobs.shape)}"
+        raise ValueError(f"logprobs and ref_logprobs must have the same shape, got {shapes}")
     d = logprobs - ref_logprobs
     if kind == "k1":
         return d

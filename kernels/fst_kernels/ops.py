@@ -3,39 +3,28 @@
 Ops take plain tensors and numbers, and return lists of what was asked for, in the order of `Measures` or `PolicyPass`.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import blocks, cpu_backend, torch_backend
 from .autograd import reject_second_order
-from .blocks import Gradients, Measures, PolicyPass
+from .blocks import Measures, PolicyPass, RowStep
+from .checks import policy_rules, require, target_rules
 from .objective import Objective, PolicyRows
-from .types import Head, arithmetic_dtype
+from .types import Head, Logits, arithmetic_dtype
 
 
-class Passes(NamedTuple):
-    """What a backend does: the passes of blocks.py, without their first argument."""
-
-    measure: Callable[..., Measures]
-    measure_backward: Callable[..., Gradients]
-    policy_pass: Callable[..., PolicyPass]
-
-
-def _passes(backend: str) -> Passes:
+def _row_step(backend: str) -> RowStep:
     if backend == "cpu":
-        return Passes(cpu_backend.measure, cpu_backend.measure_backward, cpu_backend.policy_pass)
-    step = torch_backend.row_step
+        return cpu_backend.row_step
     if backend == "triton":
         from . import triton_backend
 
-        step = triton_backend.row_step
-    return Passes(
-        partial(blocks.measure, step), partial(blocks.measure_backward, step), partial(blocks.policy_pass, step)
-    )
+        return triton_backend.row_step
+    return torch_backend.row_step
 
 
 def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
@@ -84,7 +73,11 @@ def measure(
     backend: str,
 ) -> list[Tensor]:
     head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
-    return _present(_passes(backend).measure(head, targets, ref, entropy, forward_kl, chunk_rows))
+    rules = list(target_rules(targets, len(weight), temperature))
+    if rules:
+        require(*rules)
+    args = head, targets, ref, entropy, forward_kl, chunk_rows
+    return _present(cpu_backend.measure(*args) if backend == "cpu" else blocks.measure(_row_step(backend), *args))
 
 
 def _measured(targets: Any, entropy: bool, ref_hidden: Any) -> tuple[bool, ...]:
@@ -119,7 +112,7 @@ def measure_backward(
 ) -> list[Tensor]:
     head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
     args = head, targets, ref, forward_kl, chunk_rows, Measures(*upstream), wanted
-    return _present(_passes(backend).measure_backward(*args))
+    return _present(blocks.measure_backward(_row_step(backend), *args))
 
 
 @measure_backward.register_fake
@@ -147,6 +140,52 @@ def _backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 measure.register_autograd(_backward, setup_context=_remember)
+
+
+# ---- the measures of logits that are given -------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fst_kernels::measure_logits", mutates_args=())
+def measure_logits(logits: Tensor, temperature: Tensor, targets: Tensor, entropy: bool, backend: str) -> list[Tensor]:
+    require(*target_rules(targets, logits.shape[1], temperature))
+    given = Logits(logits, None, temperature, None, ours=False)
+    return _present(blocks.measure_logits(_row_step(backend), given, targets, entropy))
+
+
+@measure_logits.register_fake
+def _(logits, temperature, targets, entropy, backend):  # type: ignore[no-untyped-def]
+    return [logits.new_empty(logits.shape[0], dtype=arithmetic_dtype(logits)) for _ in range(3 if entropy else 2)]
+
+
+@torch.library.custom_op("fst_kernels::measure_logits_backward", mutates_args=())
+def measure_logits_backward(
+    logits: Tensor, temperature: Tensor, targets: Tensor, upstream: Sequence[Tensor | None], backend: str
+) -> Tensor:
+    given = Logits(logits, None, temperature, None, ours=False)
+    logprobs, entropy, logsumexp = upstream
+    return blocks.measure_logits_backward(
+        _row_step(backend), given, targets, Measures(logprobs, entropy, None, logsumexp)
+    )
+
+
+@measure_logits_backward.register_fake
+def _(logits, *others):  # type: ignore[no-untyped-def]
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _remember_logits(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    logits, temperature, targets, ctx.entropy, ctx.backend = inputs
+    ctx.save_for_backward(logits, temperature, targets)
+
+
+def _logits_backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
+    reject_second_order("a fused log-prob")
+    slopes = upstream if ctx.entropy else [upstream[0], None, upstream[1]]
+    return measure_logits_backward(*ctx.saved_tensors, slopes, ctx.backend), *[None] * 4
+
+
+measure_logits.register_autograd(_logits_backward, setup_context=_remember_logits)
 
 
 # ---- the policy loss -----------------------------------------------------------------------------------------------
@@ -181,7 +220,8 @@ def _policy_pass(
     head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
     batch = PolicyRows(targets, behavior_logprobs, advantages, live, weights, objective, entropy_coef, kl_coef)
-    found = _passes(backend).policy_pass(head, ref, batch, chunk_rows, wanted)
+    require(*target_rules(targets, len(weight), temperature, live), *policy_rules(batch))
+    found = blocks.policy_pass(_row_step(backend), head, ref, batch, chunk_rows, wanted)
     return _present([found.logprobs, found.entropy, found.kl, *found.gradients])
 
 

@@ -3,35 +3,44 @@
 import torch
 from torch import Tensor
 
-from .blocks import Ask, Measures, Multiplier
+from .blocks import Ask, Measures
 from .objective import PolicyRows
+from .types import Logits, arithmetic_dtype
 
 
-def row_step(
-    head: Multiplier, rows: Tensor, ask: Ask, upstream: Measures | PolicyRows | None, grad_dtype: torch.dtype
-) -> tuple[Measures, Tensor | None]:
-    block = _Block(head, rows, ask)
-    if upstream is None:
-        return block.measures, None
+def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, grad: Tensor | None) -> Measures:
+    block = _Block(logits, ask)
+    if upstream is None or grad is None:
+        return block.measures
     if isinstance(upstream, PolicyRows):
         assert block.measures.logprobs is not None
         upstream = Measures(upstream.logprob_slopes(block.measures.logprobs), *upstream.term_slopes())
-    grad = block.gradient(upstream).div_(head.temperature(rows))
+    found = block.gradient(upstream).div_(_column(logits.temperature))
     if block.softcap_slope is not None:
-        grad.mul_(block.softcap_slope)
-    return block.measures, grad.to(grad_dtype)
+        found.mul_(block.softcap_slope)
+    idle = torch.ones(len(found), dtype=torch.bool, device=found.device)
+    for g in upstream:
+        idle = idle if g is None else idle & (g == 0)
+    grad.copy_(found.masked_fill_(idle[:, None], 0))
+    return block.measures
 
 
-def _logits(head: Multiplier, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits of these rows (n, V), and the softcap's derivative there."""
-    z, slope = head.product(head.inputs(rows), head.weight.T), None
-    if head.source.bias is not None:
-        z += head.source.bias
-    if head.source.softcap is not None:
-        z.div_(head.source.softcap)
+def _column(temperature: Tensor) -> Tensor:
+    return temperature[:, None] if temperature.ndim else temperature
+
+
+def _shaped(logits: Logits) -> tuple[Tensor, Tensor | None]:
+    """Logits after bias, softcap and temperature (n, V), and the softcap's derivative there."""
+    z, slope = logits.products, None
+    if not logits.ours:
+        z = z.to(arithmetic_dtype(z), copy=True)
+    if logits.bias is not None:
+        z += logits.bias
+    if logits.softcap is not None:
+        z.div_(logits.softcap)
         slope = z.cosh().square_().reciprocal_()  # 1 − tanh² would lose its digits where the cap saturates
-        z.tanh_().mul_(head.source.softcap)
-    return z.div_(head.temperature(rows)), slope
+        z.tanh_().mul_(logits.softcap)
+    return z.div_(_column(logits.temperature)), slope
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,15 +63,15 @@ def _weighted(probs: Tensor, logs: Tensor) -> Tensor:
 class _Block:
     """The softmax of some rows, its measures (n,), and the way back from them to the logits."""
 
-    def __init__(self, head: Multiplier, rows: Tensor, ask: Ask) -> None:
-        z, self.softcap_slope = _logits(head, rows)
+    def __init__(self, logits: Logits, ask: Ask) -> None:
+        z, self.softcap_slope = _shaped(logits)
         self.probs, logs, logsumexp = _softmax(z)
         logprobs = entropies = kl = None
         if ask.targets is not None:
             self.targets = ask.targets
             logprobs = logs.gather(1, self.targets[:, None]).squeeze(1)
         if ask.ref is not None:
-            ref_probs, ref_logs, _ = _softmax(_logits(ask.ref, rows)[0])
+            ref_probs, ref_logs, _ = _softmax(_shaped(ask.ref)[0])
             if ask.forward_kl:  # Σ p (log p − log q); slope p (log p − log q) − p KL
                 self.kl_slope = _weighted(self.probs, torch.sub(logs, ref_logs, out=ref_logs))
                 kl = self.kl_center = self.kl_slope.sum(-1)

@@ -27,7 +27,9 @@ def _tanh(u):
 @triton.jit
 def _read(logits, bias, at, width, V):
     """The head's logits at these columns; anything from V on."""
-    z = tl.load(logits + at, mask=at < width, other=0.0)  # width keeps the vector loads that a mask of V would break
+    z = tl.load(logits + at, mask=at < width, other=0.0).to(
+        tl.float32
+    )  # width keeps the vector loads that a mask of V would break
     if bias is not None:
         z += tl.load(bias + at, mask=at < V, other=0.0).to(tl.float32)
     return z
@@ -66,11 +68,11 @@ def _slope(logprob, behavior, advantage, low, high, KIND: tl.constexpr):
 
 @triton.jit
 def row_kernel(
-    logits,  # (n, width) fp32: V logits and padding of any content
+    logits,  # (n, width) fp32, or as they are given: V logits and padding of any content
     ref_logits,  # the same of the KL's reference, or None
     bias,  # (V,) or None
     ref_bias,
-    grad,  # (n, grad_stride) bf16 or fp32, may be the storage of logits; None: measure only
+    grad,  # (n, width) no wider than logits, may be their storage; None: measure only
     targets,  # (n,) int64 or None
     temperature,  # (n,) or None
     logprobs_out,  # (n,) each, None where nobody asks
@@ -89,6 +91,8 @@ def row_kernel(
     softcap,
     V,
     width,
+    stride,  # between rows
+    ref_stride,
     grad_stride,
     KIND: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -96,9 +100,9 @@ def row_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits += row * width
+    logits += row * stride
     if ref_logits is not None:
-        ref_logits += row * width
+        ref_logits += row * ref_stride
     if temperature is not None:
         temperature = tl.load(temperature + row)
     lanes = tl.arange(0, BLOCK)
@@ -182,12 +186,15 @@ def row_kernel(
             on_target = tl.load(of_logprobs + row)
         if of_logsumexp is not None:
             on_probs = tl.load(of_logsumexp + row)
+        idle = (on_target == 0) & (on_probs == 0)
         on_probs -= on_target
         if of_entropy is not None:
             on_entropy = tl.load(of_entropy + row)
+            idle = idle & (on_entropy == 0)
             on_probs -= on_entropy * entropy
         if of_kl is not None:
             on_kl = tl.load(of_kl + row)
+            idle = idle & (on_kl == 0)
             if FORWARD_KL:
                 on_probs -= on_kl * kl
             else:
@@ -215,7 +222,8 @@ def row_kernel(
             if CAPPED:
                 e = tl.exp(-2.0 * tl.abs(tl.div_rn(z, softcap)))
                 g *= 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 − tanh² would lose its digits where the cap saturates
-            if grad.dtype.element_ty != tl.float32:
+            g = tl.where(idle, 0.0, g)
+            if grad.dtype.element_ty != logits.dtype.element_ty:
                 # A narrower gradient of a row in its own logits' storage reaches back over logits that other threads
                 # of this program read a block ago, never over ones still to be read.
                 tl.debug_barrier()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+OPERANDS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
 
 @dataclass(frozen=True, eq=False)
 class TokenLogprobs:
@@ -38,8 +40,11 @@ class Head:
 
     def __post_init__(self) -> None:
         h, w, b = self.hidden, self.weight, self.bias
-        if not (h.is_floating_point() and w.is_floating_point()):
-            raise ValueError(f"hidden and weight must be floating point, got {h.dtype} and {w.dtype}")
+        for name, x in (("hidden", h), ("weight", w), ("bias", b)):
+            if x is not None and x.dtype not in OPERANDS:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, OPERANDS))}, got {x.dtype}")
+            if x is not None and x.device != h.device:
+                raise ValueError(f"{name} must be on hidden's device, {h.device}, got {x.device}")
         if h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1]:
             raise ValueError(f"hidden must be [N,H] and weight [V,H], got {list(h.shape)} and {list(w.shape)}")
         if b is not None and b.shape != w.shape[:1]:
@@ -53,6 +58,21 @@ class Head:
     def dtype(self) -> torch.dtype:
         """The dtype of all arithmetic on these logits, and of what comes out."""
         return arithmetic_dtype(self.hidden, self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """Rows of logits as a product left them or a user gives them: softcap(products + bias) / temperature is meant."""
+
+    products: Tensor  # (n, V); rows may lie apart
+    bias: Tensor | None  # (V,)
+    temperature: Tensor  # () or (n,)
+    softcap: float | None
+    ours: bool = True  # the memory may be overwritten, and each row is followed by what rounds V up to WIDTH
+
+    def room(self, dtype: torch.dtype) -> Tensor:
+        """Their own memory as (n, V) of a dtype no wider: a gradient there needs no tensor of its own."""
+        return self.products if self.products.dtype == dtype else self.products.view(dtype)[:, : self.products.shape[1]]
 
 
 def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:

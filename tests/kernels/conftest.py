@@ -13,9 +13,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fst_kernels import PolicyLoss, api, cpu_backend, reference
-from fst_kernels.types import Head
+from fst_kernels.types import arithmetic_dtype
 
-not_built = pytest.mark.skipif(cpu_backend.library() is None, reason="fst_kernels._csrc is not built")
+not_built = pytest.mark.skipif(cpu_backend.LIBRARY is None, reason="fst_kernels._csrc is not built")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,8 +33,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then "auto" means tri
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """What "auto" means in a module that uses this fixture: every test in it runs once with each backend."""
 
-    def best(head: Head) -> str:
-        return request.param if head.dtype == torch.float32 else "torch"
+    def best(*operands: Tensor) -> str:
+        return request.param if arithmetic_dtype(*operands) == torch.float32 else "torch"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "_best", best)

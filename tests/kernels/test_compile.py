@@ -79,6 +79,16 @@ def test_the_ops_keep_their_contract_with_torch(make_problem: Fixture, dtype: to
     torch.library.opcheck(policy, (*frozen, *ref, t, 3.0, *rows, *objective, 4, "torch", [False, True, False]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ops_of_given_logits_keep_their_contract_with_torch(dtype: torch.dtype) -> None:
+    logits = torch.randn(9, 33, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    forward, backward = torch.ops.fst_kernels.measure_logits, torch.ops.fst_kernels.measure_logits_backward
+    for entropy in (True, False):
+        torch.library.opcheck(forward, (logits, torch.ones(9), torch.arange(9), entropy, "torch"))
+    slopes = [torch.ones(9), None, torch.ones(9)]
+    torch.library.opcheck(backward, (logits.detach(), torch.ones(()), torch.arange(9), slopes, "torch"))
+
+
 def test_the_fake_results_are_shaped_as_the_real_ones(make_problem: Fixture) -> None:
     p = make_problem(9, 5, 33, dtype=torch.bfloat16)
     args = p.hidden, p.weight, None, None, None, None, torch.ones(()), None, p.targets, True, True, None, "torch"

@@ -187,7 +187,9 @@ def test_masked_rows_of_nan_and_inf_contribute_exactly_nothing(
 
 def test_a_nan_in_a_row_that_counts_is_not_hidden(make_problem: Fixture) -> None:
     p = make_problem(10, 6, 41, live=1.0)
-    p.advantages[3] = math.nan
+    with torch.no_grad():
+        p.hidden[3] = math.nan
+    p.advantages[3] = 1.0
     out = linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0)
     assert math.isnan(out.loss.item())
     assert torch.autograd.grad(out.loss, p.weight)[0].isnan().any()

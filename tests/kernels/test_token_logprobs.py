@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fst_kernels import kl_estimate, linear_kl, linear_token_logprobs, reference, token_logprobs
+from fst_kernels import blocks, kl_estimate, linear_kl, linear_token_logprobs, reference, token_logprobs
 
 Fixture = Callable[..., Any]
 SLOW = 20 if os.environ.get("TRITON_INTERPRET") == "1" else 1  # test_triton.py runs this file again
@@ -74,6 +74,48 @@ def test_measures_of_given_logits_match_the_reference(
     assert ours.logprobs.dtype == torch.float32
     truth = reference.token_logprobs(logits, targets, temperature=t, entropy=True)
     assert_same_measures(ours, truth, (logits,), assert_close)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", ["rows apart", "transposed"])
+def test_given_logits_of_any_dtype_and_layout_are_read_in_place_and_keep_their_values(
+    assert_close: Fixture, dtype: torch.dtype, layout: str
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    store = torch.randn(20, 301, generator=g).to(dtype) if layout == "rows apart" else torch.randn(250, 20).to(dtype)
+    logits = (store[::2, 7:257] if layout == "rows apart" else store[:, ::2].T).detach().requires_grad_()
+    before, targets, upstream = logits.detach().clone(), torch.arange(10) * 25, torch.randn(10, generator=g).double()
+    ours = token_logprobs(logits, targets, entropy=True, temperature=0.7)
+    truth = reference.token_logprobs(logits, targets, entropy=True, temperature=0.7)
+    assert_close(ours.logprobs, truth.logprobs, absolute=1e-5)
+    total = (upstream * ours.logprobs).sum() - (upstream * ours.entropy).sum() + ours.logsumexp.sum()
+    (found,) = torch.autograd.grad(total, logits)
+    assert torch.equal(logits, before)
+    total = (upstream * truth.logprobs).sum() - (upstream * truth.entropy).sum() + truth.logsumexp.sum()
+    (exact,) = torch.autograd.grad(total, logits)
+    assert found.dtype == dtype
+    assert_close(found, exact, absolute=1e-6, relative={torch.float64: 1e-12, torch.float16: 1e-3}.get(dtype, 8e-3))
+
+
+def test_given_rows_without_a_slope_get_zero_whatever_they_hold() -> None:
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    logits[2], logits[4, 3] = math.nan, math.inf
+    logits.requires_grad_()
+    out = token_logprobs(logits, torch.arange(6), entropy=True)
+    assert out.logprobs[2].isnan()
+    keep = torch.tensor([True, True, False, True, False, True])
+    (torch.where(keep, out.logprobs, 0) + torch.where(keep, out.entropy, 0)).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[~keep].any()
+    assert logits.grad[keep].any(1).all()
+
+
+def test_given_logits_are_never_copied_whole(watcher: Any, backend: str) -> None:
+    logits = torch.randn(4000, 9000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with watcher:
+        token_logprobs(logits, torch.zeros(4000, dtype=torch.int64), entropy=True).logprobs.sum().backward()
+    chunk = blocks.CHUNK_LOGITS * 4
+    assert watcher.peak_bytes <= logits.nbytes + (3 * chunk if backend == "torch" else 2**20)
 
 
 def test_logits_of_ten_thousand_and_of_minus_infinity(assert_close: Fixture) -> None:

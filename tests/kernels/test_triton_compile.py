@@ -78,7 +78,7 @@ def _launch(
         temperatures[temperature],
         softcap,
     )
-    policy, n = Multiplier(head, torch.float32), torch.ones(4)
+    logits, n = Multiplier(head).logits(torch.arange(4)), torch.ones(4)
     targets = torch.zeros(4, dtype=torch.int64)
     upstream: Measures | PolicyRows | None = None
     if kind == "given":
@@ -86,11 +86,11 @@ def _launch(
     elif kind is not None:
         objective = Objective(kind, 0.0, 4.0)
         upstream = PolicyRows(targets, n, n, n > 0, n, objective, entropy or 0.0, kl or 0.0)
-    ask = Ask(targets, kind not in (None, "given") or bool(entropy), None if kl is None else policy, forward_kl)
+    ask = Ask(targets, kind not in (None, "given") or bool(entropy), None if kl is None else logits, forward_kl)
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend, "row_kernel", recorder)
-        triton_backend.row_step(policy, torch.arange(4), ask, upstream, grad_dtype)
+        triton_backend.row_step(logits, ask, upstream, None if kind is None else logits.room(grad_dtype))
     return recorder
 
 
