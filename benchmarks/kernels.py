@@ -1,12 +1,13 @@
 """fst_kernels against every peer that is installed: one interleaved run an operation, errors against float64.
 
-    python benchmarks/kernels.py [--shape cpu|quick|qwen3-8b|...] [--dtype float32] [--ops loss logprobs kl rows]
-                                 [--rounds 7] [--only NAME ...] [--json FILE] [--plot FILE.png]
+    python benchmarks/kernels.py [--shape cpu|quick|qwen3-8b|...] [--dtype float32] [--rounds 7] [--only NAME ...]
+                                 [--ops loss logprobs kl row-kernel rows] [--json FILE] [--plot FILE.png]
 
-Per contender: median seconds, its ratio to the best peer that does the same and to the bare matrix products (of what its
-rows need, in the precision ours has: fp32 logits, dW summed in fp32), peak memory beyond inputs and gradients, errors on
-256 rows. A contender that does not run is listed with its reason; on a GPU whoever has kernels of its own is first tried
-in a process of its own, so that a hang or a spoilt context there costs nothing but its place. README.md says how to read it.
+Per contender: median seconds, its ratio to the best peer that does the same and to the bare matrix products (of what
+its rows need, in the precision ours has: fp32 logits, dW summed in fp32), peak memory beyond inputs and gradients,
+errors on 256 rows. A contender that does not run is listed with its reason; on a GPU whoever has kernels of its own is
+first tried in a process of its own, so that a hang or a spoilt context there costs only its place. README.md: how to
+read it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from typing import Any
 
 import torch
 from measure import DEVICE, copy_bandwidth, free_memory, interleaved, peak_bytes_of, reason, save, setting
-from peers import ENTROPY, GIVEN_LOGITS, KL, LOGPROBS, LOSSES, LOSSES_WITH_KL, Contender, Found
+from peers import CISPO, ENTROPY, GIVEN_LOGITS, KL, LOGPROBS, LOSSES, LOSSES_WITH_KL, ROW_KERNELS, Contender, Found
 from problems import CAP, ROWS, SEQUENCE, SHAPES, Problem, make_problem
 from report import KL as WITH_KL
-from report import LOSS, goals, plot, print_goals, table
+from report import LOSS, ROW_KERNEL, goals, plot, print_goals, table
 from torch import Tensor
 
 from fst_kernels import reference
+from fst_kernels.blocks import Ask
+from fst_kernels.objective import PolicyRows
+from fst_kernels.types import Logits
 
 TRIAL_SECONDS = 200  # of a contender's trial, compilation included
 FAR = 5  # times slower than the fastest with all rows: left out of the runs with fewer rows
@@ -52,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.trial:
-        return trial(args)
+        sys.exit(trial(args))
 
     bandwidth, shape = copy_bandwidth(), _shape(args)
     about = {
@@ -65,10 +69,11 @@ def main() -> None:
     print(f"{title}\n{setting()}\ncopy: {bandwidth / 1e9:.1f} GB/s\n", flush=True)
     failed = trials(args) if gpu else {}
     results: list[Result] = []
+    said: set[tuple[str, str]] = set()
     for op in args.ops:
         for result in OPS[op](args, failed):
             results.append(result)
-            print("\n".join(table(result, bandwidth)), flush=True)
+            print("\n".join(table(result, bandwidth, said)), flush=True)
             if args.json:
                 save(args.json, title=title, **about, results=results, goals=goals(results, bandwidth, gpu))
     print_goals(goals(results, bandwidth, gpu))
@@ -112,8 +117,8 @@ def _trial_of(name: str, args: argparse.Namespace) -> str:
     return "" if run.returncode == 0 else (lines[-1] if lines else f"exit status {run.returncode}")[:150]
 
 
-def trial(args: argparse.Namespace) -> None:
-    """The loss with 256 rows and with all; the last line says why it failed."""
+def trial(args: argparse.Namespace) -> int:
+    """The loss with 256 rows and with all; the last line says why it failed. Returns the exit status."""
     try:
         p, step = _problem(args), LOSSES[args.trial].make()
         step(p.first(SEQUENCE))
@@ -121,7 +126,8 @@ def trial(args: argparse.Namespace) -> None:
         free_memory()
     except Exception as error:  # any: it is the parent that decides
         print(reason(error), flush=True)
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def _asked(contenders: dict[str, Contender], args: argparse.Namespace) -> dict[str, Contender]:
@@ -364,7 +370,7 @@ def run_rows(args: argparse.Namespace, excluded: dict[str, str]) -> Iterable[Res
     for dtype in (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,):
         logits = torch.randn(n, shape.v, generator=g, device=DEVICE, dtype=dtype).mul_(3).requires_grad_()
         small = logits.detach()[:SEQUENCE].clone().requires_grad_()
-        made, failed = _make(GIVEN_LOGITS, args, {}, lambda step, x=small: step(x, targets[:SEQUENCE]))
+        made, failed = _make(GIVEN_LOGITS, args, excluded, lambda step, x=small: step(x, targets[:SEQUENCE]))
         truth = reference.token_logprobs(small, targets[:SEQUENCE]).logprobs
         (of_truth,) = torch.autograd.grad((truth * upstream[:SEQUENCE]).sum(), small)
         for backward in (False, True):
@@ -380,6 +386,25 @@ def run_rows(args: argparse.Namespace, excluded: dict[str, str]) -> Iterable[Res
             moved = logits.nbytes * (3 if backward else 1)  # read; then read and written
             name = f"log-probs of {str(dtype).split('.')[1]} logits, forward{' + backward' if backward else ''}"
             yield {"op": name, "rows": f"{n} rows", "bytes": moved, **times, **about}
+
+
+def run_row_kernel(args: argparse.Namespace, excluded: dict[str, str]) -> Iterable[Result]:
+    """The step between the products of a loss's pass: a chunk of fp32 logits into measures and d logits; ours only."""
+    shape = _shape(args)
+    n, dtype = min(shape.n, 4096), torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    g = torch.Generator(DEVICE).manual_seed(0)
+    logits = Logits(torch.randn(n, shape.v, generator=g, device=DEVICE) * 3, None, torch.ones(()), shape.softcap, False)
+    targets = torch.randint(shape.v, (n,), generator=g, device=DEVICE)
+    each = torch.randn(2, n, generator=g, device=DEVICE)
+    live = torch.ones(n, dtype=torch.bool, device=DEVICE)
+    batch = PolicyRows(targets, each[0] - 12, each[1], live, torch.full_like(each[0], 1 / n), CISPO, 0.0, 0.0)
+    grad = torch.empty(n, shape.v, dtype=dtype, device=DEVICE)
+    made, failed = _make(ROW_KERNELS, args, excluded, lambda step: step(logits, Ask(targets, True), batch, grad))
+    calls: Calls = {k: (lambda f=f: f(logits, Ask(targets, True), batch, grad)) for k, f in made.items()}
+    memory = _peaks(calls, failed, lambda: None)
+    about = {"memory": memory, "errors": {}, "failed": failed, "only": {}, "floors": []}
+    moved = 2 * logits.products.nbytes + grad.nbytes  # read twice, written once
+    yield {"op": ROW_KERNEL, "rows": f"{n} rows", "bytes": moved, **interleaved(calls, args.rounds), **about}
 
 
 def _row_call(
@@ -414,6 +439,7 @@ OPS: dict[str, Callable[[argparse.Namespace, dict[str, str]], Iterable[Result]]]
     "loss": run_losses,
     "logprobs": run_logprobs,
     "kl": run_kl,
+    "row-kernel": run_row_kernel,
     "rows": run_rows,
 }
 

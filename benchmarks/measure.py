@@ -1,4 +1,4 @@
-"""What every benchmark measures with: clocks, interleaved rounds, peak memory, copy bandwidth; machine, code, versions."""
+"""What every benchmark measures with: clocks, interleaved rounds, peak memory, copy bandwidth; what ran where."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ carry the label −100 for whoever knows it. CCE's default drops gradients below
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,8 +18,12 @@ from problems import CAP, SEQUENCE, Problem
 from torch import Tensor
 
 from fst_kernels import api, linear_kl, linear_policy_loss, linear_token_logprobs, token_logprobs
+from fst_kernels.blocks import RowStep
+from fst_kernels.objective import Objective
+from fst_kernels.ops import _row_step
 
 OURS = "fst_kernels"
+CISPO = Objective("cispo", 0.0, CAP)
 TRL_COLUMNS = 32768  # of a tile, TRL's own choice
 QUACK_ROWS = 4096  # of a chunk, its default
 
@@ -415,10 +418,7 @@ LOSSES_WITH_KL: dict[str, Contender] = {
 
 
 def our_rows(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
-    options = {"backend": backend} if "backend" in inspect.signature(token_logprobs).parameters else {}
-    if not options and backend != "torch":
-        raise NotImplementedError("token_logprobs has no such backend")
-    return lambda logits, targets: token_logprobs(logits, targets, **options).logprobs
+    return lambda logits, targets: token_logprobs(logits, targets, backend=backend).logprobs
 
 
 def liger_rows() -> Callable[[Tensor, Tensor], Tensor]:
@@ -451,3 +451,12 @@ GIVEN_LOGITS: dict[str, Contender] = {
     "Liger": Contender(liger_rows, only="forward"),
     "QuACK": Contender(quack_rows),
 }
+
+# ---- the row kernel of the loss: (logits, ask, batch, gradient) ----------------------------------------------------
+
+
+def row_kernel(backend: str) -> RowStep:
+    return _row_step(api._backend(backend, torch.empty(1, device=DEVICE)))  # refuses tensors that it cannot take
+
+
+ROW_KERNELS = {f"{OURS} {x}": Contender(lambda x=x: row_kernel(x)) for x in api.BACKENDS}

@@ -24,6 +24,8 @@ class Shape:
 
 SHAPES = {
     "quick": Shape(512, 128, 8192),
+    "rehearsal": Shape(256, 32, 1024),
+    "rehearsal-softcap": Shape(256, 32, 1024, softcap=30.0),
     "cpu": Shape(2048, 512, 32768),
     "qwen3-0.6b": Shape(32768, 1024, 151936),
     "qwen3-8b": Shape(32768, 4096, 151936),
