@@ -26,7 +26,7 @@ from measure import DEVICE, copy_bandwidth, free_memory, interleaved, peak_bytes
 from peers import CISPO, ENTROPY, GIVEN_LOGITS, KL, LOGPROBS, LOSSES, LOSSES_WITH_KL, ROW_KERNELS, Contender, Found
 from problems import CAP, ROWS, SEQUENCE, SHAPES, Problem, make_problem
 from report import KL as WITH_KL
-from report import LOSS, ROW_KERNEL, goals, plot, print_goals, table
+from report import LOSS, ROW_KERNEL, goals, names, plot, print_goals, table
 from torch import Tensor
 
 from fst_kernels import reference
@@ -237,29 +237,31 @@ class Products:
 
 
 def run_losses(args: argparse.Namespace, excluded: dict[str, str]) -> Iterable[Result]:
-    p = _problem(args)
-    made, failed = _make(LOSSES, args, excluded, lambda step: step(p.first(SEQUENCE)))
+    small = _problem(args).first(SEQUENCE)
+    made, failed = _make(LOSSES, args, excluded, lambda step: step(small.first(SEQUENCE)))
     slow: dict[str, str] = {}
     for rows in ROWS:
-        p = _problem(args, rows)
         steps = {name: step for name, step in made.items() if name not in slow}
-        out = failed | slow
-        errors = _loss_errors(p, steps)
-        calls: Calls = {name: _step(p, step) for name, step in steps.items()}
-        memory = _beyond_gradients(p, _peaks(calls, out, p.forget))
-        products = Products(p)
-        floors: Calls = {"products": products.of_loss}
-        if products.fp32_out:
-            floors["products, bf16 out"] = products.narrow
-        times = interleaved(floors | calls, args.rounds)
-        p.forget()
-        seconds = {name: min(times["seconds"][name]) for name in calls}
+        result = _run_loss(_problem(args, rows), steps, failed | slow, args.rounds)
+        yield result | {"rows": rows}
         if not slow:
-            slow = {k: f"left out: {x / min(seconds.values()):.0f} times the fastest with all rows"
-                    for k, x in seconds.items() if x > FAR * min(seconds.values())}  # fmt: skip
-        own = {"memory": memory, "errors": errors, "failed": out, "only": _only(LOSSES), "floors": list(floors)}
-        own |= {"chunk_bytes": products.logits.nbytes, "fp32_sums_bytes": products.of_weight.nbytes - p.weight.nbytes}
-        yield {"op": LOSS, "rows": rows, **times, **own}
+            seconds = {name: min(result["seconds"][name]) for name in names(result)}
+            times = {name: x / min(seconds.values()) for name, x in seconds.items()}
+            slow = {k: f"left out: {x:.0f} times the fastest with all rows" for k, x in times.items() if x > FAR}
+
+
+def _run_loss(p: Problem, steps: dict[str, Callable[[Problem], Found]], failed: dict[str, str], rounds: int) -> Result:
+    errors = _loss_errors(p, steps)
+    calls: Calls = {name: _step(p, step) for name, step in steps.items()}
+    memory = _beyond_gradients(p, _peaks(calls, failed, p.forget))
+    products = Products(p)
+    floors: Calls = {"products": products.of_loss}
+    if products.fp32_out:
+        floors["products, bf16 out"] = products.narrow
+    times = interleaved(floors | calls, rounds)
+    own = {"memory": memory, "errors": errors, "failed": failed, "only": _only(LOSSES), "floors": list(floors)}
+    sums = products.of_weight.nbytes - p.weight.nbytes
+    return {"op": LOSS, **times, **own, "chunk_bytes": products.logits.nbytes, "fp32_sums_bytes": sums}
 
 
 def _step(p: Problem, step: Callable[[Problem], Found]) -> Callable[[], None]:
@@ -427,7 +429,7 @@ def _row_errors(
     small.grad = None
     with torch.set_grad_enabled(backward):
         out = step(small, targets[: len(small)])
-    found = {"logp": (out.detach() - truth.detach()).abs().max().item()}
+    found = {"logp": (out.detach() - truth.detach()[: len(out)]).abs().max().item()}
     if backward:
         out.backward(upstream[: len(small)].to(out.dtype))
         assert small.grad is not None

@@ -58,10 +58,10 @@ def ours(backend: str, **options: Any) -> Step:
     return step
 
 
-def cispo(logprobs: Tensor, p: Problem) -> Tensor:
+def cispo(logprobs: Tensor, behavior: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """Σ over the live rows, from log-probs: what autograd users write."""
-    ratio = (logprobs.detach() - p.behavior).exp().clamp(max=CAP)
-    return -(p.mask * ratio * p.advantages * logprobs).sum()
+    ratio = (logprobs.detach() - behavior).exp().clamp(max=CAP)
+    return -(mask * ratio * advantages * logprobs).sum()
 
 
 def logits_of(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
@@ -78,7 +78,7 @@ def per_token(logprobs_of: Callable[[Problem], Tensor]) -> Step:
 
     def step(p: Problem) -> Found:
         logprobs = logprobs_of(p).float()
-        loss = cispo(logprobs, p) / p.mask.sum()
+        loss = cispo(logprobs, p.behavior, p.advantages, p.mask) / p.mask.sum()
         loss.backward()
         return Found(loss, logprobs.detach())
 
@@ -101,16 +101,19 @@ def eager() -> Step:
 def compiled_chunks() -> Step:
     """torch.compile of one chunk's loss; backward at once, so that one chunk of logits exists."""
 
-    def loss_of(hidden: Tensor, weight: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
-        logprobs = chosen(logits_of(hidden, weight, p.softcap), p.targets)
-        return cispo(logprobs, p), logprobs.detach()
+    def loss_of(
+        hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, *rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = chosen(logits_of(hidden, weight, softcap), targets)
+        return cispo(logprobs, *rows), logprobs.detach()
 
     chunk = torch.compile(loss_of, dynamic=False)
 
     def step(p: Problem) -> Found:
         total, parts, tokens = torch.zeros((), device=DEVICE), [], p.mask.sum()
-        for rows in torch.arange(len(p.hidden), device=DEVICE).split(chunk_rows(p)):
-            loss, logprobs = chunk(p.hidden[rows], p.weight, at(p, rows))
+        columns = p.hidden, p.targets, p.behavior, p.advantages, p.mask
+        for hidden, targets, *rows in zip(*(x.split(chunk_rows(p)) for x in columns), strict=True):
+            loss, logprobs = chunk(hidden, p.weight, targets, p.softcap, *rows)
             (loss / tokens).backward()
             total += loss.detach() / tokens
             parts.append(logprobs)
@@ -121,11 +124,6 @@ def compiled_chunks() -> Step:
 
 def chunk_rows(p: Problem) -> int:
     return 4096 if DEVICE == "cuda" else max(256, 2**23 // len(p.weight))
-
-
-def at(p: Problem, rows: Tensor) -> Problem:
-    names = ("targets", "behavior", "advantages", "mask")
-    return replace(p, **{name: getattr(p, name)[rows] for name in names})
 
 
 def torch_linear_cross_entropy() -> Step:
@@ -372,32 +370,26 @@ def kl_in_two_calls(backend: str) -> Step:
     return step
 
 
-def loss_with_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, p: Problem) -> Tensor:
+def loss_with_kl(
+    hidden: Tensor, ref_hidden: Tensor, targets: Tensor, behavior: Tensor, advantages: Tensor, mask: Tensor,
+    weight: Tensor, ref_weight: Tensor, softcap: float | None,
+) -> Tensor:  # fmt: skip
     """Σ over the live rows, from logits."""
-    logs = logits_of(hidden, weight, p.softcap).log_softmax(-1)
-    ref_logs = logits_of(ref_hidden, ref_weight, p.softcap).log_softmax(-1)
+    logs = logits_of(hidden, weight, softcap).log_softmax(-1)
+    ref_logs = logits_of(ref_hidden, ref_weight, softcap).log_softmax(-1)
     probs = logs.exp()
     kl, entropy = (probs * (logs - ref_logs)).sum(-1), -(probs * logs).sum(-1)
-    loss = cispo(logs.gather(1, p.targets[:, None]).squeeze(1), p)
-    return loss + (p.mask * (KL * kl - ENTROPY * entropy)).sum()
+    loss = cispo(logs.gather(1, targets[:, None]).squeeze(1), behavior, advantages, mask)
+    return loss + (mask * (KL * kl - ENTROPY * entropy)).sum()
 
 
-def eager_kl() -> Step:
-    def step(p: Problem) -> Found:
-        loss = loss_with_kl(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p) / p.mask.sum()
-        loss.backward()
-        return Found(loss)
-
-    return step
-
-
-def compiled_kl() -> Step:
-    chunk = torch.compile(loss_with_kl, dynamic=False)
-
+def autograd_kl(function: Callable[..., Tensor], chunked: bool) -> Step:
     def step(p: Problem) -> Found:
         total, tokens = torch.zeros((), device=DEVICE), p.mask.sum()
-        for rows in torch.arange(len(p.hidden), device=DEVICE).split(chunk_rows(p)):
-            loss = chunk(p.hidden[rows], p.weight, p.ref_hidden[rows], p.ref_weight, at(p, rows)) / tokens
+        columns = p.hidden, p.ref_hidden, p.targets, p.behavior, p.advantages, p.mask
+        size = chunk_rows(p) if chunked else len(p.hidden)
+        for rows in zip(*(x.split(size) for x in columns), strict=True):
+            loss = function(*rows, p.weight, p.ref_weight, p.softcap) / tokens
             loss.backward()
             total += loss.detach()
         return Found(total)
@@ -409,8 +401,10 @@ LOSSES_WITH_KL: dict[str, Contender] = {
     **{f"{OURS} {x}": Contender(lambda x=x: kl_in_one_pass(x)) for x in api.BACKENDS},
     **{f"{OURS} {x}, 2 passes": Contender(lambda x=x: kl_in_two_passes(x)) for x in api.BACKENDS},
     **{f"{OURS} {x}, 2 calls": Contender(lambda x=x: kl_in_two_calls(x)) for x in api.BACKENDS},
-    "eager torch": Contender(eager_kl, plain=True),
-    "compiled chunks": Contender(compiled_kl, plain=True),
+    "eager torch": Contender(lambda: autograd_kl(loss_with_kl, chunked=False), plain=True),
+    "compiled chunks": Contender(
+        lambda: autograd_kl(torch.compile(loss_with_kl, dynamic=False), chunked=True), plain=True
+    ),
 }
 
 
@@ -426,8 +420,8 @@ def liger_rows() -> Callable[[Tensor, Tensor], Tensor]:
 
     if DEVICE != "cuda":
         raise RuntimeError("needs a GPU")
-    # takes a sequence and leaves its last position out: one row of many
-    return lambda logits, targets: fused_selective_log_softmax(logits.detach()[None], targets[None], 1.0)[0]
+    # takes the logits of one position more than it has targets: all rows but the last
+    return lambda logits, targets: fused_selective_log_softmax(logits.detach()[None], targets[None, :-1], 1.0)[0]
 
 
 def quack_rows() -> Callable[[Tensor, Tensor], Tensor]:

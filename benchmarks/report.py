@@ -43,12 +43,14 @@ def table(result: Result, bandwidth: float, said: set[tuple[str, str]]) -> Itera
         yield f"  {name:28}" + "".join(f"{m[name]:9.4f}" + " " * 25 for m in middle).rstrip()
     last = "GB/s of copy" if "bytes" in result else "it/products"
     heads = "".join(f"{x:>9}{'±':>5}{'peer/it':>8}{last:>13}" for x in ("wall s", "CPU s")[: len(clocks)])
-    yield f"  {'':28}{heads}{'peak MB':>9}  errors"
+    chunks = f"{'chunks':>8}" if "chunk_bytes" in result else ""
+    yield f"  {'':28}{heads}{'peak MB':>9}{chunks}  errors"
     for name in names(result):
         line = f"  {name:28}"
         for clock, m in zip(clocks, middle, strict=True):
-            best = min((m[x] for x in peers(result)), default=float("nan"))
-            line += f"{m[name]:9.4f}{_spread(result[clock][name]):4.0f}%{best / m[name]:7.2f}x"
+            best = min((m[x] for x in peers(result)), default=float("inf"))
+            line += f"{m[name]:9.4f}{_spread(result[clock][name]):4.0f}%"
+            line += f"{best / m[name]:7.2f}x" if best < float("inf") else f"{'-':>8}"
             if "bytes" in result:
                 rate = result["bytes"] / m[name]
                 line += f"{rate / 1e9:8.0f}{rate / bandwidth:4.0%} "
@@ -57,7 +59,10 @@ def table(result: Result, bandwidth: float, said: set[tuple[str, str]]) -> Itera
         peak = result["memory"].get(name)
         errors = ", ".join(f"{k} {x:.1e}" for k, x in result["errors"].get(name, {}).items())
         only = result["only"].get(name)
-        yield f"{line}{'?' if peak is None else round(peak / 1e6):>9}  {errors}{f'  [{only} only]' if only else ''}"
+        line += f"{'?' if peak is None else round(peak / 1e6):>9}"
+        if "chunk_bytes" in result:
+            line += f"{'?' if peak is None else format(peak / result['chunk_bytes'], '.2f'):>8}"
+        yield f"{line}  {errors}{f'  [{only} only]' if only else ''}"
     for name, why in result["failed"].items():
         if (name, why) not in said:
             yield f"  {name:28} not run: {why}"
