@@ -34,7 +34,7 @@ from fst_kernels.blocks import Ask
 from fst_kernels.objective import PolicyRows
 from fst_kernels.types import Logits
 
-TRIAL_SECONDS = 200  # of a contender's trial, compilation included
+TRIAL_SECONDS = 120  # of a contender's trial, compilation included
 FAR = 5  # times slower than the fastest with all rows: left out of the runs with fewer rows
 Result = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
@@ -99,9 +99,9 @@ def _problem(args: argparse.Namespace, rows: str = "all rows") -> Problem:
 
 
 def trials(args: argparse.Namespace) -> dict[str, str]:
-    """Why contenders with kernels of their own do not run, each from a process of its own; four at a time."""
+    """Why contenders with kernels of their own do not run, each from a process of its own; six at a time."""
     own = [name for name, c in _asked(LOSSES, args).items() if not c.plain]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(6) as pool:
         reasons = pool.map(lambda name: _trial_of(name, args), own)
         return {name: why for name, why in zip(own, reasons, strict=True) if why}
 
