@@ -65,8 +65,8 @@ def linear_token_logprobs(
         temperature: a number or [N], dividing the logits after the softcap.
         softcap: c in c · tanh(logits / c).
         chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²⁴ logits on a CPU.
-        backend: "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch" (any device and dtype), or "auto": the first
-            of them that can take these tensors.
+        backend: "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch" (any device and dtype), or
+            "auto": the first of them that can take these tensors.
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.

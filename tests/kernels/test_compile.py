@@ -10,6 +10,7 @@ from torch import Tensor
 from fst_kernels import linear_kl, linear_policy_loss, linear_token_logprobs, ops, policy_loss, token_logprobs
 
 Fixture = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def _caller(p: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

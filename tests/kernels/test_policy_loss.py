@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fst_kernels import linear_policy_loss, policy_loss, reference
+from fst_kernels import linear_policy_loss, linear_token_logprobs, policy_loss, reference
 
 KINDS = ("cispo", "ppo", "reinforce")
 Fixture = Callable[..., Any]
@@ -270,6 +270,32 @@ def test_bf16_operands_keep_fp32_logits_and_round_gradients_once(make_problem: F
     p.weight.grad_dtype = torch.bfloat16  # the default  # type: ignore[attr-defined]
     ours.loss.backward()
     assert (p.weight.grad - of_weight.bfloat16()).norm() <= 1e-3 * of_weight.norm()
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_operands_of_two_dtypes_are_multiplied_in_fp32(
+    make_problem: Fixture, assert_close: Fixture, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    p = make_problem(40, 16, 301, scale=6.0)
+    hidden = p.hidden.detach().to(hidden_dtype).requires_grad_()
+    weight = p.weight.detach().to(weight_dtype).requires_grad_()
+    bias = p.bias.detach().bfloat16().requires_grad_()
+    ref = {"ref_hidden": p.ref_hidden.bfloat16(), "ref_weight": p.ref_weight}
+    options: dict[str, Any] = {"weight_max": 4.0, "entropy_coef": 0.1, "kl_coef": 0.2, "bias": bias, **ref}
+    ours = linear_policy_loss(hidden, weight, *p.rows, p.mask, **options, chunk_rows=7)
+    truth = reference.linear_policy_loss(hidden, weight, *p.rows, p.mask, **options)
+    assert_close(ours.logprobs, truth.logprobs, absolute=1e-5)
+    assert_close(ours.kl, truth.kl, absolute=1e-5)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    options["bias"] = exact[2]
+    truth = reference.linear_policy_loss(exact[0], exact[1], *p.rows, p.mask, **options)
+    gradients = torch.autograd.grad(ours.loss, (hidden, weight, bias))
+    for g, x in zip(gradients, torch.autograd.grad(truth.loss, exact), strict=True):
+        assert (g.double() - x.to(g.dtype).double()).norm() <= 1e-3 * x.norm()  # beyond its own rounding
+    with torch.no_grad():
+        alone = linear_token_logprobs(hidden, weight, p.targets, bias=bias).logprobs
+    assert_close(alone[p.mask], ours.logprobs[p.mask], absolute=1e-5)
 
 
 def test_fp16_gradients_survive_until_the_loss_scaler_lifts_them(make_problem: Fixture) -> None:

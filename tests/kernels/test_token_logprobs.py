@@ -110,12 +110,15 @@ def test_given_rows_without_a_slope_get_zero_whatever_they_hold() -> None:
     assert logits.grad[keep].any(1).all()
 
 
-def test_given_logits_are_never_copied_whole(watcher: Any, backend: str) -> None:
-    logits = torch.randn(4000, 9000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+def test_given_logits_are_never_copied_whole(watcher: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "triton":
+        pytest.skip("the interpreter copies what a kernel takes")
+    monkeypatch.setattr(blocks, "CHUNK_LOGITS", 10 * 900)
+    logits = torch.randn(400, 900, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with watcher:
-        token_logprobs(logits, torch.zeros(4000, dtype=torch.int64), entropy=True).logprobs.sum().backward()
-    chunk = blocks.CHUNK_LOGITS * 4
-    assert watcher.peak_bytes <= logits.nbytes + (3 * chunk if backend == "torch" else 2**20)
+        token_logprobs(logits, torch.zeros(400, dtype=torch.int64), entropy=True).logprobs.sum().backward()
+    per_row, chunk = 400 * 200, 4 * blocks.CHUNK_LOGITS
+    assert watcher.peak_bytes <= logits.nbytes + per_row + (3 * chunk if backend == "torch" else 0)
 
 
 def test_logits_of_ten_thousand_and_of_minus_infinity(assert_close: Fixture) -> None:
