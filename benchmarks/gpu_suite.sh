@@ -30,13 +30,16 @@ for word in "$@"; do
 done
 
 if [ -n "${FST_WHEELS:-}" ]; then
-  # The folder must be called site-packages: QuACK takes library code for its user's anywhere else.
+  # The folder must be called site-packages: QuACK takes library code that lies anywhere else for its user's.
   site="${TMPDIR:-/tmp}/fst-wheels/site-packages"
-  for first in "$FST_WHEELS"/*.whl.part-aa; do # wheels that had to travel in pieces
-    [ -e "$first" ] && cat "${first%aa}"?? >"${first%.part-aa}" && rm "${first%aa}"??
-  done
-  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
-    "$FST_WHEELS"/*.whl || exit 1
+  if [ ! -e "$site/.complete" ]; then
+    for first in "$FST_WHEELS"/*.whl.part-aa; do # wheels that had to travel in pieces
+      [ ! -e "$first" ] || { cat "${first%aa}"?? >"${first%.part-aa}" && rm "${first%aa}"??; } || exit 1
+    done
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
+      "$FST_WHEELS"/*.whl || exit 1
+    touch "$site/.complete"
+  fi
   export PYTHONPATH="$site:$site/nvidia_cutlass_dsl/dsl_packages${PYTHONPATH:+:$PYTHONPATH}" # what its .pth would do
   unset FST_WHEELS
 fi
