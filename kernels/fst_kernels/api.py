@@ -66,7 +66,8 @@ def linear_token_logprobs(
         softcap: c in c · tanh(logits / c).
         chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²⁴ logits on a CPU.
         backend: "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch" (any device and dtype), or
-            "auto": the first of them that can take these tensors.
+            "auto": the first of them that can take these tensors. Here also "triton-matrix", for bf16 or fp16 on a
+            Hopper GPU: no logit is stored in the forward pass, the backward pass is that of "triton".
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
@@ -74,7 +75,7 @@ def linear_token_logprobs(
     head = Head(hidden, weight, bias, _temperature(temperature, hidden), softcap)
     _check_rows(hidden, targets=targets)
     _check_chunk(chunk_rows)
-    chosen = _backend(backend, hidden, weight)
+    chosen = backend if HAS_TRITON and backend == "triton-matrix" else _backend(backend, hidden, weight)
     found = ops.measure(*ops.tensors(head, None), targets, entropy, True, chunk_rows, chosen)
     return TokenLogprobs(found[0], found[1] if entropy else None, found[-1])
 

@@ -20,7 +20,7 @@ from .types import Head, Logits, arithmetic_dtype
 def _row_step(backend: str) -> RowStep:
     if backend == "cpu":
         return cpu_backend.row_step
-    if backend == "triton":
+    if backend in ("triton", "triton-matrix"):
         from . import triton_backend
 
         return triton_backend.row_step
@@ -76,6 +76,13 @@ def measure(
     rules = list(target_rules(targets, len(weight), temperature))
     if rules:
         require(*rules)
+    if backend == "triton-matrix":
+        from . import triton_matrix
+
+        assert targets is not None
+        if reason := triton_matrix.refusal(hidden, weight):
+            raise ValueError(f"backend='triton-matrix' is not available: {reason}")
+        return _present(triton_matrix.measure(head, targets, entropy))
     args = head, targets, ref, entropy, forward_kl, chunk_rows
     return _present(cpu_backend.measure(*args) if backend == "cpu" else blocks.measure(_row_step(backend), *args))
 

@@ -33,7 +33,8 @@ Fixture = Callable[..., Any]
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests run in this process")
 def test_in_the_interpreter() -> None:
     here = Path(__file__).parent
-    files = [here / "test_triton.py", here / "test_policy_loss.py", here / "test_token_logprobs.py"]
+    names = "triton", "triton_matrix", "policy_loss", "token_logprobs"
+    files = [here / f"test_{name}.py" for name in names]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *files],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},

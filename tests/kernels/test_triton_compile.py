@@ -18,7 +18,9 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 if not (TOOLS / "ptxas").exists():
     pytest.skip("this triton has no compiler for NVIDIA", allow_module_level=True)
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+from fst_kernels import triton_kernels, triton_matrix  # noqa: E402 (they import triton)
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 PLAIN: dict[str, Any] = {"kind": "cispo", "grad_dtype": torch.bfloat16}
 EVERYTHING: dict[str, Any] = {"entropy": 0.1, "kl": 0.1, "softcap": 30.0, "temperature": "per token", "bias": True}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -45,11 +47,12 @@ class Recorder:
     """Stands in for the kernel and keeps what it is launched with."""
 
     def __init__(self) -> None:
+        self.grid: tuple[int, ...] = ()
         self.args: tuple[Any, ...] = ()
         self.options: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        assert grid == (4,)
+        self.grid = grid
         return self
 
     def __call__(self, *args: Any, **options: Any) -> None:
@@ -91,16 +94,16 @@ def _launch(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend, "row_kernel", recorder)
         triton_backend.row_step(logits, ask, upstream, None if kind is None else logits.room(grad_dtype))
+    assert recorder.grid == (4,)
     return recorder
 
 
-def _compile(recorder: Recorder) -> Any:
+def _compile(function: Any, recorder: Recorder) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from fst_kernels.triton_kernels import row_kernel
-
-    names = row_kernel.arg_names
+    names = function.arg_names
     given = dict(zip(names, recorder.args, strict=False)) | recorder.options
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(names):
@@ -109,12 +112,15 @@ def _compile(recorder: Recorder) -> Any:
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (signature[name] == "i32" and value % 16 == 0):
+        specialized = signature[name] == "i32" and not function.params[i].do_not_specialize
+        if isinstance(value, torch.Tensor) or (specialized and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {k: v for k, v in recorder.options.items() if k not in names}
-    source = ASTSource(fn=row_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -135,7 +141,7 @@ def _inspect(kernel: Any, folder: Path) -> tuple[int, str, str]:
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_launch_compiles_for_hopper_without_spills(name: str, tmp_path: Path) -> None:
     options = CONFIGURATIONS[name]
-    kernel = _compile(_launch(**options))
+    kernel = _compile(triton_kernels.row_kernel, _launch(**options))
     registers, report, code = _inspect(kernel, tmp_path)
     print(f"{name}: {registers} registers, {kernel.metadata.shared} bytes of shared memory")
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
@@ -149,10 +155,58 @@ def test_every_launch_compiles_for_hopper_without_spills(name: str, tmp_path: Pa
 
 
 def test_a_narrow_gradient_waits_for_the_whole_program_before_it_overwrites_logits(tmp_path: Path) -> None:
-    _, _, code = _inspect(_compile(_launch(**PLAIN)), tmp_path)
+    _, _, code = _inspect(_compile(triton_kernels.row_kernel, _launch(**PLAIN)), tmp_path)
     if not code:
         pytest.skip("this triton has no disassembler")
     events = re.findall(r"LDG\.E\.128|BAR\.SYNC|STG\.E\.128", code)
     store = events.index("STG.E.128")
     assert events[store - 1] == "BAR.SYNC"
     assert events[store - 2] == "LDG.E.128"
+
+
+# ---- the matrix kernel -----------------------------------------------------------------------------------------------
+
+FIRST = triton_matrix.CONFIGURATIONS[0]
+MATRIX_LAUNCHES: list[tuple[triton_matrix.Tiles, dict[str, Any]]] = [
+    *((tiles, {}) for tiles in triton_matrix.CONFIGURATIONS),
+    *((FIRST, {name: value}) for name, value in [("entropy", False), ("bias", True), ("softcap", 30.0)]),
+    (FIRST, {"dtype": torch.float16}),
+]  # softcap and bias together, which no known model has, spill a few registers
+
+
+def _launch_matrix(
+    tiles: triton_matrix.Tiles,
+    dtype: torch.dtype = torch.bfloat16,
+    entropy: bool = True,
+    softcap: float | None = None,
+    bias: bool = False,
+) -> Recorder:
+    n, h, v = 4 * tiles.rows, 1024, 4099
+    hidden, weight = torch.ones(n, h, dtype=dtype), torch.ones(v, h, dtype=dtype)
+    head = Head(hidden, weight, torch.ones(v, dtype=dtype) if bias else None, torch.tensor(0.6), softcap)
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_matrix, "matrix_kernel", recorder)
+        triton_matrix.measure(head, torch.zeros(n, dtype=torch.int64), entropy, tiles)
+    return recorder
+
+
+@pytest.mark.parametrize(("tiles", "options"), MATRIX_LAUNCHES)
+def test_the_matrix_kernel_multiplies_from_the_copy_engine_on_wgmma_and_fits(
+    tiles: triton_matrix.Tiles, options: dict[str, Any], tmp_path: Path
+) -> None:
+    kernel = _compile(triton_matrix.matrix_kernel, _launch_matrix(tiles, **options))
+    registers, report, code = _inspect(kernel, tmp_path)
+    print(f"{tiles} {options}: {registers} registers, {kernel.metadata.shared} bytes of shared memory")
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+    assert "wgmma.mma_async instructions are serialized" not in report
+    assert tiles.programs * tiles.warps * 32 * (-(-registers // 8) * 8) <= 65536
+    assert tiles.programs * (kernel.metadata.shared + 1024) <= 228 * 1024
+    if code:
+        assert not re.search(r"\b(LDL|STL|ATOM|RED|HMMA)\b", code)
+        # Of each step: the products go out, those of the step before are waited for, the operands of a step further on
+        # are sent for, and then only the softmax waits for the last products: it runs while those operands arrive.
+        found = re.findall(r"HGMMA|DEPBAR\.LE gsb0, 0x\d|UTMALDG|MUFU\.EX2", code)
+        steps = [event for event, following in zip(found, [*found[1:], ""], strict=True) if event != following]
+        loop = ["HGMMA", "DEPBAR.LE gsb0, 0x1", "UTMALDG", "DEPBAR.LE gsb0, 0x0", "MUFU.EX2"]
+        assert any(steps[i : i + len(loop)] == loop for i in range(len(steps))), steps
