@@ -8,15 +8,12 @@ Same model (glyph-base), same prompts, same sampling; every engine must finish e
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from measure import DEVICE, interleaved, medians, reason, save, setting
 
 from fst_fast.model import Model, load_model
 from fst_fast.records import SamplingParams
@@ -48,23 +45,28 @@ def main() -> None:
         "transformers generate": lambda seed: generate(model, contexts, seed),
         "transformers generate_batch": lambda seed: generate_batch(model, contexts, seed),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
     tokens: dict[str, int] = {}
-    for round_ in range(args.repeats + 1):  # the first round warms up
-        for name, run in engines.items():
-            started = time.perf_counter()
-            tokens[name] = run(round_)
-            if round_:
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
-    mine = medians["fst_fast TorchEngine"]
-    header = f"{len(contexts)} rollouts, {sum(map(len, contexts))} prompt tokens, {args.threads} thread(s)"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
-    print(f"{header}; {versions}\n{'engine':30} {'median s':>9} {'tokens/s':>9} {'vs ours':>8}")
-    for name, value in medians.items():
+    rounds = dict.fromkeys(engines, 0)
+
+    def call(name: str) -> None:  # another seed every time
+        tokens[name] = engines[name](rounds[name])
+        rounds[name] += 1
+
+    for name in list(engines):
+        try:
+            call(name)
+        except Exception as error:  # any: it is printed, and the others go on
+            print(f"{name:30} not run: {reason(error)}")
+            del engines[name]
+    seconds = interleaved({name: lambda name=name: call(name) for name in engines}, args.repeats)["seconds"]
+    middle = medians(seconds)
+    mine = middle["fst_fast TorchEngine"]
+    header = f"{len(contexts)} rollouts, {sum(map(len, contexts))} prompt tokens, {DEVICE}, {args.threads} thread(s)"
+    print(f"{header}; {setting()}\n{'engine':30} {'median s':>9} {'tokens/s':>9} {'vs ours':>8}")
+    for name, value in middle.items():
         print(f"{name:30} {value:9.3f} {tokens[name] / value:9.0f} {value / mine:7.2f}x")
     if args.json:
-        args.json.write_text(json.dumps({"setting": header, "versions": versions, "seconds": seconds}, indent=1))
+        save(args.json, title=header, **setting(), seconds=seconds, tokens=tokens)
 
 
 def ours(model: Model, contexts: list[tuple[int, ...]], seed: int) -> int:
@@ -82,8 +84,8 @@ def generate(model: Model, contexts: list[tuple[int, ...]], seed: int) -> int:
     """One padded batch; log-probs from its scores, as a trainer needs them."""
     torch.manual_seed(seed)
     width = max(map(len, contexts))
-    ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts])
-    mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts])
+    ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=model.device)
     out = model.lm.generate(
         input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
         max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
@@ -99,8 +101,10 @@ def generate_batch(model: Model, contexts: list[tuple[int, ...]], seed: int) -> 
         do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=NEW_TOKENS, pad_token_id=0,
         eos_token_id=sorted(model.eos_ids),
     )  # fmt: skip
+    names = transformers.ContinuousBatchingConfig.__dataclass_fields__
+    page = "page_size" if "page_size" in names else "block_size"  # its name before transformers 5.2x
     batching = transformers.ContinuousBatchingConfig(
-        page_size=32, num_blocks=512, max_batch_tokens=2048, return_logprobs=True
+        **{page: 32}, num_blocks=512, max_batch_tokens=2048, return_logprobs=True
     )
     out = model.lm.generate_batch(
         [list(c) for c in contexts], generation_config=config, continuous_batching_config=batching, progress_bar=False
