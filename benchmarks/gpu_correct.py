@@ -375,6 +375,8 @@ def sweep(checks: Checks, backend: str, quick: bool) -> None:
                 name = f"{check.__name__} {where}"
                 checks.run(name, lambda check=check, name=name, p=p: check(checks, name, p, **more))
         for dtype in (FP32, BF16, FP16):
+            if backend == "cuda" and (dtype == FP16 or v * dtype.itemsize % 16):
+                continue  # refused: its loads are 16 bytes wide
             for label, temperature in (("1", 1.0), ("0.7", 0.7), ("per row", 0.5 + torch.rand(n, device=DEVICE))):
                 name = f"token_logprobs {backend} {str(dtype)[6:]} V={v} temperature {label}"
                 args = name, n, v, dtype, temperature
@@ -383,6 +385,12 @@ def sweep(checks: Checks, backend: str, quick: bool) -> None:
         name, p = f"torch.compile {backend} {dtype}", make(60, 40, 1100, *DTYPES[dtype])
         p = replace(p, behavior=p.behavior.clamp(min=-12))
         checks.run(name, lambda name=name, p=p: compiled(checks, name, p, **more))
+    if backend == "triton":
+        p = make(sizes[-1][0], 64, sizes[-1][2], BF16, BF16)
+        for option in ("plain", "softcap", "bias", "temperatures"):
+            name = f"logprobs triton-matrix bf16 V={sizes[-1][2]} {option}"
+            args = checks, name, p, option
+            checks.run(name, lambda args=args: logprobs(*args, backend="triton-matrix"))
     if DEVICE == "cuda" and not quick:
         name = f"N·V > 2³¹ {backend}"
         checks.run(name, lambda: beyond_two_to_the_31(checks, name, **more))

@@ -113,7 +113,8 @@ if [ "${FST_PART:-}" ]; then
   exit
 fi
 
-# the C++ and, with FST_CUDA=1, CUDA extensions, where the code lies; without a compiler the suite goes on without them
+# the C++ and on a GPU the CUDA extensions, where the code lies; without a compiler the suite goes on without them
+[ -z "$gpu" ] || export FST_CUDA="${FST_CUDA:-1}"
 "$python" setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || echo "not built: see $out/build.log"
 
 failed=() seconds=()

@@ -320,7 +320,7 @@ def cut_logprobs() -> Callable[[Problem], tuple[Tensor, None]]:
 
 
 LOGPROBS: dict[str, Contender] = {
-    **{f"{OURS} {x}": Contender(lambda x=x: our_logprobs(x)) for x in api.BACKENDS},
+    **{f"{OURS} {x}": Contender(lambda x=x: our_logprobs(x)) for x in (*api.BACKENDS, "triton-matrix")},
     "eager torch": Contender(
         lambda: lambda p: chosen_and_entropy(p.hidden, p.weight, p.targets, p.softcap), plain=True
     ),

@@ -18,10 +18,10 @@ from measure import DEVICE, copy_bandwidth, free_memory, interleaved, medians, r
 from peers import CISPO, ours
 from problems import ROWS, SHAPES, Shape, make_problem
 
-from fst_kernels import blocks
+from fst_kernels import blocks, linear_token_logprobs
 from fst_kernels.blocks import Ask
 from fst_kernels.objective import PolicyRows
-from fst_kernels.types import Logits
+from fst_kernels.types import Head, Logits
 
 Calls = dict[str, Callable[[], object]]
 
@@ -39,6 +39,7 @@ def main() -> None:
         for kind in ("loss", "loss + KL", "measures"):
             found[kind] = row_kernel(shape, kind, args.rounds, bandwidth)
             free_memory()
+        found["matrix"] = matrix(shape, args.rounds)
     found["chunk_rows"] = chunk_rows(shape, args.rounds)
     if args.json:
         save(
@@ -75,6 +76,22 @@ def row_kernel(shape: Shape, kind: str, rounds: int, bandwidth: float) -> dict[s
     seconds = _fastest(f"row kernel, {kind} (now BLOCK {was[0]}, WARPS {was[1]})", calls, rounds, moved / bandwidth)
     triton_backend.BLOCK, triton_backend.WARPS = was
     return seconds
+
+
+def matrix(shape: Shape, rounds: int) -> dict[str, float]:
+    """Seconds of log-probs and entropy without a gradient, by the matrix kernel's tiles, and of the chunks."""
+    from fst_kernels import triton_matrix
+
+    p = make_problem(shape, ROWS["all rows"], torch.bfloat16)
+    hidden, weight = p.hidden.detach(), p.weight.detach()
+    head = Head(hidden, weight, None, torch.tensor(1.0), shape.softcap)
+    calls: Calls = {
+        "chunks": lambda: linear_token_logprobs(hidden, weight, p.targets, softcap=shape.softcap, entropy=True)
+    }
+    for tiles in triton_matrix.CONFIGURATIONS:
+        name = "x".join(map(str, tiles))
+        calls[name] = lambda tiles=tiles: triton_matrix.measure(head, p.targets, True, tiles)
+    return _fastest("log-probs and entropy, no gradient", calls, rounds)
 
 
 def chunk_rows(shape: Shape, rounds: int) -> dict[str, float]:
