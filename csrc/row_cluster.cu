@@ -538,6 +538,9 @@ Kernel kernel_of(const Rows& rows) {
 
 extern "C" {
 
+// Tells an extension built from other code than the Python that calls it.
+int fst_cluster_bytes() { return sizeof(Rows); }
+
 // Blocks of a cluster for rows of v items of so many bytes, a reference's included; 0: no cluster holds such a row.
 //
 // While one block of a multiprocessor computes and writes, the loads of others keep the memory busy: so the smallest

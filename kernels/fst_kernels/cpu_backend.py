@@ -15,7 +15,7 @@ from .blocks import Ask, Measures, Multiplier, join
 from .objective import PolicyRows
 from .types import Head, Logits
 
-NOT_BUILT = "fst_kernels._csrc is not built (no C++ compiler at install?)"
+NOT_BUILT = "fst_kernels._csrc is not built (no C++ compiler at install, or newer code since?)"
 LEVELS = "baseline", "avx2", "avx512"
 TILE_LOGITS = 2**21  # of a forward pass without gradient: 8 MiB
 TILE_ROWS = 1024
@@ -71,10 +71,18 @@ class _Library:
 
 def _load() -> _Library | None:
     spec = importlib.util.find_spec(f"{__package__}._csrc")
-    return None if spec is None or spec.origin is None else _Library(spec.origin)
+    if spec is None or spec.origin is None or not matches(spec.origin, "fst_rows_bytes", _Rows):
+        return None
+    return _Library(spec.origin)
 
 
-LIBRARY = _load()  # None where the install had no compiler
+def matches(path: str, function: str, rows: type[ctypes.Structure]) -> bool:
+    """Whether an extension was built from the code that this Python belongs to: an older one would read elsewhere."""
+    library = ctypes.CDLL(path)
+    return hasattr(library, function) and getattr(library, function)() == ctypes.sizeof(rows)
+
+
+LIBRARY = _load()  # None where the install had no compiler, or is older than this code
 
 
 # ---- the softmax of a block of rows --------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .blocks import Ask, Measures
+from .cpu_backend import matches
 from .objective import KINDS, PolicyRows
 from .row_arguments import row_arguments
 from .types import Logits
 
-NOT_BUILT = "fst_kernels._cuda is not built: install from source with FST_CUDA=1 and nvcc"
+NOT_BUILT = "fst_kernels._cuda is not built, or from older code: install from source with FST_CUDA=1 and nvcc"
 DTYPES = torch.float32, torch.bfloat16  # of logits and their gradient
 
 
@@ -82,7 +83,9 @@ class _Library:
 
 def _load() -> _Library | None:
     spec = importlib.util.find_spec(f"{__package__}._cuda")
-    return None if spec is None or spec.origin is None else _Library(spec.origin)
+    if spec is None or spec.origin is None or not matches(spec.origin, "fst_cluster_bytes", _Rows):
+        return None
+    return _Library(spec.origin)
 
 
 LIBRARY = _load()  # None where the install did not ask for it, or had no nvcc

@@ -1,5 +1,7 @@
 """The compiled rows: every instruction set, exp over its whole range, any tiling, any threads; and their lack."""
 
+import ctypes
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -141,6 +143,16 @@ def test_bf16_heads_are_never_copied_whole(
     with watcher:
         linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0, chunk_rows=4, backend="cpu")
     assert watcher.largest == 1024 * 16
+
+
+def test_an_extension_built_from_other_code_is_not_used() -> None:
+    class Wider(ctypes.Structure):
+        _fields_ = (*cpu_backend._Rows._fields_, ("added", ctypes.c_int64))
+
+    path = importlib.util.find_spec("fst_kernels._csrc").origin
+    assert cpu_backend.matches(path, "fst_rows_bytes", cpu_backend._Rows)
+    assert not cpu_backend.matches(path, "fst_rows_bytes", Wider)
+    assert not cpu_backend.matches(path, "fst_rows_of_the_future", cpu_backend._Rows)
 
 
 def test_it_refuses_what_it_cannot_take(make_problem: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
