@@ -8,6 +8,8 @@ import math
 import os
 import warnings
 from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +77,7 @@ def linear_token_logprobs(
     _check_rows(hidden, targets=targets)
     _check_chunk(chunk_rows)
     chosen = _backend(backend, hidden, weight)
-    found = ops.measure(*ops.tensors(head, None), targets, entropy, True, chunk_rows, chosen)
+    found = _measure(head, None, targets, entropy, True, chunk_rows, chosen)
     return TokenLogprobs(found[0], found[1] if entropy else None, found[-1])
 
 
@@ -184,11 +186,12 @@ def linear_policy_loss(
     batch = PolicyRows(targets, behavior, advantages, live, weights, objective, entropy_coef, kl_coef)
     inputs = hidden, weight, bias
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    sharded = _sharded(head, ref)
     with torch.no_grad():
-        found = ops.policy_pass(head, ref, batch, chunk_rows, chosen, wanted)
+        found = (sharded or ops).policy_pass(head, ref, batch, chunk_rows, chosen, wanted)
         loss, metrics = batch.loss(found.logprobs, found.entropy, found.kl)
     if any(wanted):
-        loss = attach_gradients(loss, inputs, found.gradients)
+        loss = attach_gradients(loss, inputs, found.gradients, None if sharded is None else sharded.placement(head))
     return PolicyLoss(loss, metrics, found.logprobs, found.entropy, found.kl)
 
 
@@ -217,7 +220,7 @@ def linear_kl(
     q = _reference(p, hidden_q, weight_q, bias_q)
     _check_chunk(chunk_rows)
     chosen = _backend(backend, hidden_p, weight_p)
-    return ops.measure(*ops.tensors(p, q), None, False, direction == "forward", chunk_rows, chosen)[0]
+    return _measure(p, q, None, False, direction == "forward", chunk_rows, chosen)[0]
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -274,6 +277,24 @@ def _reference(policy: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None
         )
     bias = None if bias is None else bias.detach()
     return Head(hidden.detach(), weight.detach(), bias, policy.temperature, policy.softcap)
+
+
+def _sharded(head: Head, ref: Head | None) -> ModuleType | None:
+    """The module for heads with DTensors; plain tensors never import it, nor torch.distributed.tensor."""
+    tensors = [x for x in ops.tensors(head, ref) if isinstance(x, Tensor)]
+    if all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
+        return None
+    from torch.distributed.tensor import DTensor
+
+    from . import sharded
+
+    return sharded if any(isinstance(x, DTensor) for x in tensors) else None
+
+
+def _measure(head: Head, ref: Head | None, *options: Any) -> list[Tensor]:
+    if sharded := _sharded(head, ref):
+        return sharded.measure(head, ref, *options)
+    return ops.measure(*ops.tensors(head, ref), *options)
 
 
 def _weigh(
