@@ -281,14 +281,19 @@ def _reference(policy: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None
 
 def _sharded(head: Head, ref: Head | None) -> ModuleType | None:
     """The module for heads with DTensors; plain tensors never import it, nor torch.distributed.tensor."""
-    tensors = [x for x in ops.tensors(head, ref) if isinstance(x, Tensor)]
-    if all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
+    if not any(_is_dtensor(x) for x in ops.tensors(head, ref)):
         return None
-    from torch.distributed.tensor import DTensor
-
     from . import sharded
 
-    return sharded if any(isinstance(x, DTensor) for x in tensors) else None
+    return sharded
+
+
+def _is_dtensor(x: Any) -> bool:
+    if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
 
 
 def _measure(head: Head, ref: Head | None, *options: Any) -> list[Tensor]:
@@ -323,6 +328,8 @@ def _check_rows(like: Tensor, **vectors: Tensor | None) -> None:
     for name, vector in vectors.items():
         if vector is None:
             continue
+        if _is_dtensor(vector):
+            raise ValueError(f"{name} must be a plain tensor: only hidden states, weights and biases can be DTensors")
         if vector.shape != like.shape[:1]:
             raise ValueError(f"{name} must be [{len(like)}], one entry a token, got {list(vector.shape)}")
         if name == "targets" and vector.dtype != torch.int64:

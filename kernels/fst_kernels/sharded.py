@@ -27,7 +27,7 @@ def policy_pass(
     head: Head, ref: Head | None, batch: PolicyRows, chunk_rows: int | None, backend: str, wanted: tuple[bool, ...]
 ) -> PolicyPass:
     """`blocks.policy_pass`; the gradients are this rank's, for `placement` to sum and shard."""
-    local = _local(head, ref, chunk_rows, backend, batch.targets, batch.behavior_logprobs, batch.advantages, batch.live)
+    local = _local(head, ref, chunk_rows, backend)
     require(*target_rules(batch.targets, len(head.weight), head.temperature, batch.live), *policy_rules(batch))
     return blocks.policy_pass(local.step, local.head, local.ref, batch, local.chunk_rows, wanted)
 
@@ -43,7 +43,7 @@ def measure(
     backend: str,
 ) -> list[Tensor]:
     """`blocks.measure`, differentiable in the head; what was asked for, in the order of `Measures`."""
-    local = _local(head, ref, chunk_rows, backend, targets)
+    local = _local(head, ref, chunk_rows, backend)
     rules = list(target_rules(targets, len(head.weight), head.temperature))
     if rules:
         require(*rules)
@@ -96,7 +96,7 @@ class _Measure(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         *tensors, softcap = ops.tensors(local.head, local.ref)
-        ctx.save_for_backward(*tensors, targets)
+        ctx.save_for_backward(*tensors, targets, *inputs)  # the DTensors so that a change in place is noticed
         ctx.options = softcap, local.step, forward_kl, local.chunk_rows, place
         return blocks.measure(local.step, local.head, targets, local.ref, entropy, forward_kl, local.chunk_rows)
 
@@ -104,7 +104,7 @@ class _Measure(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         reject_second_order("a fused log-prob or KL")
         softcap, step, forward_kl, chunk_rows, place = ctx.options
-        h, w, b, ref_h, ref_w, ref_b, temperature, targets = ctx.saved_tensors
+        h, w, b, ref_h, ref_w, ref_b, temperature, targets, *_ = ctx.saved_tensors
         head, ref = ops.heads(h, w, b, ref_h, ref_w, ref_b, temperature, softcap)
         args = targets, ref, forward_kl, chunk_rows, Measures(*upstream), ctx.needs_input_grad[-3:]
         return *[None] * 5, *place(blocks.measure_backward(step, head, *args))
@@ -121,10 +121,8 @@ class _Local(NamedTuple):
 
 
 @torch.no_grad()
-def _local(head: Head, ref: Head | None, chunk_rows: int | None, backend: str, *rows: Tensor | None) -> _Local:
-    """Raises ValueError on DTensors that lie in none of the two ways."""
-    if any(isinstance(x, DTensor) for x in (head.temperature, *rows)):
-        raise ValueError("only hidden, weight and bias can be DTensors: targets and the like must be plain tensors")
+def _local(head: Head, ref: Head | None, chunk_rows: int | None, backend: str) -> _Local:
+    """Raises ValueError on DTensors that lie in neither of the two ways."""
     step, mesh = ops.row_step(backend), _mesh(head)
     if ref is not None and _mesh(ref) != mesh:
         raise ValueError(
@@ -133,10 +131,10 @@ def _local(head: Head, ref: Head | None, chunk_rows: int | None, backend: str, *
         )
     if mesh is None:
         return _Local(_gathered(head), None if ref is None else _gathered(ref), step, chunk_rows)
+    own, own_ref = _own_part(head, mesh), None if ref is None else _own_part(ref, mesh)
     width = -(-len(head.weight) // mesh.size())  # of DTensor's shards; the last may be smaller or empty
-    step = VocabParallelStep(step, mesh, width)
     chunk_rows = chunk_rows or blocks.default_rows(width, head.hidden.is_cuda)  # the same on all ranks
-    return _Local(_own_part(head, mesh), None if ref is None else _own_part(ref, mesh), step, chunk_rows)
+    return _Local(own, own_ref, VocabParallelStep(step, mesh, width), chunk_rows)
 
 
 def _mesh(head: Head) -> DeviceMesh | None:
