@@ -72,6 +72,16 @@ def linear_token_logprobs(
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
+
+    Heads may be DTensors, here, in `linear_policy_loss` and in `linear_kl`; what hidden is says what is meant, and all
+    ranks call and go backward alike, also one whose rows are all masked:
+        Data parallel: hidden, targets and so on are this rank's own tokens, plain tensors, and weight (bias) a DTensor,
+            as FSDP2 leaves it outside a module's forward. It is gathered, in its dtype, once for the pass; its
+            gradient is summed over ranks in fp32, not averaged. FSDP2 averages those it reduces itself unless told
+            `set_gradient_divide_factor(1.0)`. Inside forward the weight is a plain tensor, and FSDP2's affair.
+        Vocabulary parallel: hidden is a DTensor, replicated or sharded, and weight (bias) Shard(0) on the same
+            one-dimensional mesh; all else is plain, of all N tokens, the same on every rank. Each rank multiplies its
+            own rows of the head, the results are the same on all, and no gradient of the weight is communicated.
     """
     head = Head(hidden, weight, bias, _temperature(temperature, hidden), softcap)
     _check_rows(hidden, targets=targets)
@@ -148,8 +158,8 @@ def linear_policy_loss(
     KL_t the exact KL(policy‖ref), both over the whole vocabulary at the same temperature and softcap.
 
     Args:
-        hidden [N,H], weight [V,H], bias [V] or None, targets int64 [N]; temperature, softcap, chunk_rows, backend as in
-            `linear_token_logprobs`.
+        hidden [N,H], weight [V,H], bias [V] or None, targets int64 [N]; temperature, softcap, chunk_rows, backend, and
+            heads that are DTensors, as in `linear_token_logprobs`.
         behavior_logprobs, advantages [N].
         mask: [N], bool or 0/1; rows at 0 contribute exactly 0 whatever they contain (NaN, inf, targets of −100).
         weight_max: the cap of ρ itself, required for cispo (values above e²⁰ = 4.9e8 act as that).
@@ -211,8 +221,9 @@ def linear_kl(
 ) -> Tensor:
     """Exact KL over the whole vocabulary, per token [N]; "forward" is KL(p‖q), "reverse" is KL(q‖p).
 
-    hidden_p [N,H], weight_p [V,H], hidden_q [N,H'], weight_q [V,H'], biases [V]; temperature, softcap, chunk_rows as in
-    `linear_token_logprobs`. Differentiable in p, while q is a constant. Raises ValueError on arguments that do not fit.
+    hidden_p [N,H], weight_p [V,H], hidden_q [N,H'], weight_q [V,H'], biases [V]; temperature, softcap, chunk_rows and
+    DTensors as in `linear_token_logprobs`. Differentiable in p, while q is a constant. Raises ValueError on arguments
+    that do not fit.
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f'direction={direction!r} is unknown: use "forward" or "reverse"')
