@@ -20,7 +20,7 @@ from torch import Tensor
 from fst_kernels import api, linear_kl, linear_policy_loss, linear_token_logprobs, token_logprobs
 from fst_kernels.blocks import RowStep
 from fst_kernels.objective import Objective
-from fst_kernels.ops import _row_step
+from fst_kernels.ops import row_step
 
 OURS = "fst_kernels"
 CISPO = Objective("cispo", 0.0, CAP)
@@ -450,7 +450,7 @@ GIVEN_LOGITS: dict[str, Contender] = {
 
 
 def row_kernel(backend: str) -> RowStep:
-    return _row_step(api._backend(backend, torch.empty(1, device=DEVICE)))  # refuses tensors that it cannot take
+    return row_step(api._backend(backend, torch.empty(1, device=DEVICE)))  # refuses tensors that it cannot take
 
 
 ROW_KERNELS = {f"{OURS} {x}": Contender(lambda x=x: row_kernel(x)) for x in api.BACKENDS}

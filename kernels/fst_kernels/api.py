@@ -8,6 +8,8 @@ import math
 import os
 import warnings
 from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,12 +75,22 @@ def linear_token_logprobs(
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit.
+
+    Heads may be DTensors, here, in `linear_policy_loss` and in `linear_kl`; what hidden is says what is meant, and all
+    ranks call and go backward alike, also one whose rows are all masked:
+        Data parallel: hidden, targets and so on are this rank's own tokens, plain tensors, and weight (bias) a DTensor,
+            as FSDP2 leaves it outside a module's forward. It is gathered, in its dtype, once for the pass; its
+            gradient is summed over ranks in fp32, not averaged. FSDP2 averages those it reduces itself unless told
+            `set_gradient_divide_factor(1.0)`. Inside forward the weight is a plain tensor, and FSDP2's affair.
+        Vocabulary parallel: hidden is a DTensor, replicated or sharded, and weight (bias) Shard(0) on the same
+            one-dimensional mesh; all else is plain, of all N tokens, the same on every rank. Each rank multiplies its
+            own rows of the head, the results are the same on all, and no gradient of the weight is communicated.
     """
     head = Head(hidden, weight, bias, _temperature(temperature, hidden), softcap)
     _check_rows(hidden, targets=targets)
     _check_chunk(chunk_rows)
     chosen = backend if HAS_TRITON and backend == "triton-matrix" else _backend(backend, hidden, weight)
-    found = ops.measure(*ops.tensors(head, None), targets, entropy, True, chunk_rows, chosen)
+    found = _measure(head, None, targets, entropy, True, chunk_rows, chosen)
     return TokenLogprobs(found[0], found[1] if entropy else None, found[-1])
 
 
@@ -149,8 +161,8 @@ def linear_policy_loss(
     KL_t the exact KL(policy‖ref), both over the whole vocabulary at the same temperature and softcap.
 
     Args:
-        hidden [N,H], weight [V,H], bias [V] or None, targets int64 [N]; temperature, softcap, chunk_rows, backend as in
-            `linear_token_logprobs`.
+        hidden [N,H], weight [V,H], bias [V] or None, targets int64 [N]; temperature, softcap, chunk_rows, backend, and
+            heads that are DTensors, as in `linear_token_logprobs`.
         behavior_logprobs, advantages [N].
         mask: [N], bool or 0/1; rows at 0 contribute exactly 0 whatever they contain (NaN, inf, targets of −100).
         weight_max: the cap of ρ itself, required for cispo (values above e²⁰ = 4.9e8 act as that).
@@ -187,11 +199,12 @@ def linear_policy_loss(
     batch = PolicyRows(targets, behavior, advantages, live, weights, objective, entropy_coef, kl_coef)
     inputs = hidden, weight, bias
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    sharded = _sharded(head, ref)
     with torch.no_grad():
-        found = ops.policy_pass(head, ref, batch, chunk_rows, chosen, wanted)
+        found = (sharded or ops).policy_pass(head, ref, batch, chunk_rows, chosen, wanted)
         loss, metrics = batch.loss(found.logprobs, found.entropy, found.kl)
     if any(wanted):
-        loss = attach_gradients(loss, inputs, found.gradients)
+        loss = attach_gradients(loss, inputs, found.gradients, None if sharded is None else sharded.placement(head))
     return PolicyLoss(loss, metrics, found.logprobs, found.entropy, found.kl)
 
 
@@ -211,8 +224,9 @@ def linear_kl(
 ) -> Tensor:
     """Exact KL over the whole vocabulary, per token [N]; "forward" is KL(p‖q), "reverse" is KL(q‖p).
 
-    hidden_p [N,H], weight_p [V,H], hidden_q [N,H'], weight_q [V,H'], biases [V]; temperature, softcap, chunk_rows as in
-    `linear_token_logprobs`. Differentiable in p, while q is a constant. Raises ValueError on arguments that do not fit.
+    hidden_p [N,H], weight_p [V,H], hidden_q [N,H'], weight_q [V,H'], biases [V]; temperature, softcap, chunk_rows and
+    DTensors as in `linear_token_logprobs`. Differentiable in p, while q is a constant. Raises ValueError on arguments
+    that do not fit.
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f'direction={direction!r} is unknown: use "forward" or "reverse"')
@@ -220,7 +234,7 @@ def linear_kl(
     q = _reference(p, hidden_q, weight_q, bias_q)
     _check_chunk(chunk_rows)
     chosen = _backend(backend, hidden_p, weight_p)
-    return ops.measure(*ops.tensors(p, q), None, False, direction == "forward", chunk_rows, chosen)[0]
+    return _measure(p, q, None, False, direction == "forward", chunk_rows, chosen)[0]
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -281,6 +295,29 @@ def _reference(policy: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None
     return Head(hidden.detach(), weight.detach(), bias, policy.temperature, policy.softcap)
 
 
+def _sharded(head: Head, ref: Head | None) -> ModuleType | None:
+    """The module for heads with DTensors; plain tensors never import it, nor torch.distributed.tensor."""
+    if not any(_is_dtensor(x) for x in ops.tensors(head, ref)):
+        return None
+    from . import sharded
+
+    return sharded
+
+
+def _is_dtensor(x: Any) -> bool:
+    if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def _measure(head: Head, ref: Head | None, *options: Any) -> list[Tensor]:
+    if sharded := _sharded(head, ref):
+        return sharded.measure(head, ref, *options)
+    return ops.measure(*ops.tensors(head, ref), *options)
+
+
 def _weigh(
     like: Tensor,
     dtype: torch.dtype,
@@ -307,6 +344,8 @@ def _check_rows(like: Tensor, **vectors: Tensor | None) -> None:
     for name, vector in vectors.items():
         if vector is None:
             continue
+        if _is_dtensor(vector):
+            raise ValueError(f"{name} must be a plain tensor: only hidden states, weights and biases can be DTensors")
         if vector.shape != like.shape[:1]:
             raise ValueError(f"{name} must be [{len(like)}], one entry a token, got {list(vector.shape)}")
         if name == "targets" and vector.dtype != torch.int64:

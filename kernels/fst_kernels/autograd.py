@@ -1,5 +1,6 @@
 """Gradients that are known before `.backward()` is called, attached to the loss they belong to."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,19 +13,28 @@ def reject_second_order(name: str) -> None:
         raise RuntimeError(f"{name} has no second derivative: call backward without create_graph=True")
 
 
+Gradients = tuple[Tensor | None, ...]
+Place = Callable[[Gradients], Gradients]
+
+
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: Gradients, place: Place | None, *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(*gradients)
+        ctx.place = place
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         reject_second_order("the fused policy loss")
         # A product, never in place: a second backward(retain_graph=True) reads the saved gradients again.
-        return None, None, *(None if g is None else g * upstream[0] for g in ctx.saved_tensors)
+        found = tuple(None if g is None else g * upstream[0] for g in ctx.saved_tensors)
+        return None, None, None, *(found if ctx.place is None else ctx.place(found))
 
 
-def attach_gradients(loss: Tensor, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:
-    """The value of `loss`, with d loss / d inputs[i] = gradients[i]. Autograd casts each to its input's dtype."""
-    return _KnownGradients.apply(loss, gradients, *inputs)
+def attach_gradients(loss: Tensor, inputs: Gradients, gradients: Gradients, place: Place | None = None) -> Tensor:
+    """The value of `loss`, with d loss / d inputs[i] = gradients[i]. Autograd casts each to its input's dtype.
+
+    place: takes these gradients, times that of the loss, to where the inputs lie; called in every backward pass.
+    """
+    return _KnownGradients.apply(loss, gradients, place, *inputs)

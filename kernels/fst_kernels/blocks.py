@@ -102,6 +102,7 @@ class Ask(NamedTuple):
     entropy: bool
     ref: Logits | None = None  # of the KL
     forward_kl: bool = True
+    keep: bool = False  # the logits are needed again: whatever `ours` says, they stay as they are
 
 
 class RowStep(Protocol):
@@ -114,6 +115,14 @@ class RowStep(Protocol):
         are all 0 has gradient 0, whatever its logits.
         grad: (n, V), fp32 or narrower; may be logits.room(its dtype).
         """
+
+
+def slopes_of(upstream: Measures | PolicyRows, found: Measures) -> Measures:
+    """Of the loss in the measures, once these are known."""
+    if isinstance(upstream, Measures):
+        return upstream
+    assert found.logprobs is not None
+    return Measures(upstream.logprob_slopes(found.logprobs), *upstream.term_slopes())
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # in hidden, weight, bias; None where not wanted
@@ -156,9 +165,13 @@ class _HeadGradients:
         return self.hidden, self.weight, self.bias
 
 
+def default_rows(v: int, on_gpu: bool) -> int:
+    """Of a block: so many that updating the weight gradient costs little beside its product."""
+    return CHUNK_ROWS if on_gpu else max(256, CHUNK_LOGITS // max(1, v))
+
+
 def _split(rows: Tensor, chunk_rows: int | None, v: int) -> tuple[Tensor, ...]:
-    """Blocks of row numbers, large enough that updating the weight gradient costs little beside its product."""
-    return rows.split(chunk_rows or (CHUNK_ROWS if rows.is_cuda else max(256, CHUNK_LOGITS // max(1, v))))
+    return rows.split(chunk_rows or default_rows(v, rows.is_cuda))
 
 
 def _multipliers(head: Head, ref: Head | None) -> tuple[Multiplier, Multiplier | None]:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .blocks import Ask, Measures, Multiplier, join
+from .blocks import Ask, Measures, Multiplier, join, slopes_of
 from .objective import PolicyRows
 from .types import Head, Logits
 
@@ -93,10 +93,7 @@ def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, g
     block.measure(logits.products, None if ask.ref is None else ask.ref.products)
     found = block.measures()
     if upstream is not None and grad is not None:
-        if isinstance(upstream, PolicyRows):
-            assert found.logprobs is not None
-            upstream = Measures(upstream.logprob_slopes(found.logprobs), *upstream.term_slopes())
-        block.gradient(upstream, grad)
+        block.gradient(slopes_of(upstream, found), grad)
     return found
 
 

@@ -17,7 +17,7 @@ from .objective import Objective, PolicyRows
 from .types import Head, Logits, arithmetic_dtype
 
 
-def _row_step(backend: str) -> RowStep:
+def row_step(backend: str) -> RowStep:
     if backend == "cpu":
         return cpu_backend.row_step
     if backend == "cuda":
@@ -39,7 +39,7 @@ def tensors(head: Head, ref: Head | None) -> tuple[Any, ...]:
     return head.hidden, head.weight, head.bias, *other, head.temperature, head.softcap
 
 
-def _heads(
+def heads(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -74,7 +74,7 @@ def measure(
     chunk_rows: int | None,
     backend: str,
 ) -> list[Tensor]:
-    head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
+    head, ref = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
     rules = list(target_rules(targets, len(weight), temperature))
     if rules:
         require(*rules)
@@ -86,7 +86,7 @@ def measure(
             raise ValueError(f"backend='triton-matrix' is not available: {reason}")
         return _present(triton_matrix.measure(head, targets, entropy))
     args = head, targets, ref, entropy, forward_kl, chunk_rows
-    return _present(cpu_backend.measure(*args) if backend == "cpu" else blocks.measure(_row_step(backend), *args))
+    return _present(cpu_backend.measure(*args) if backend == "cpu" else blocks.measure(row_step(backend), *args))
 
 
 def _measured(targets: Any, entropy: bool, ref_hidden: Any) -> tuple[bool, ...]:
@@ -119,9 +119,9 @@ def measure_backward(
     backend: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
+    head, ref = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
     args = head, targets, ref, forward_kl, chunk_rows, Measures(*upstream), wanted
-    return _present(blocks.measure_backward(_row_step(backend), *args))
+    return _present(blocks.measure_backward(row_step(backend), *args))
 
 
 @measure_backward.register_fake
@@ -158,7 +158,7 @@ measure.register_autograd(_backward, setup_context=_remember)
 def measure_logits(logits: Tensor, temperature: Tensor, targets: Tensor, entropy: bool, backend: str) -> list[Tensor]:
     require(*target_rules(targets, logits.shape[1], temperature))
     given = Logits(logits, None, temperature, None, ours=False)
-    return _present(blocks.measure_logits(_row_step(backend), given, targets, entropy))
+    return _present(blocks.measure_logits(row_step(backend), given, targets, entropy))
 
 
 @measure_logits.register_fake
@@ -173,7 +173,7 @@ def measure_logits_backward(
     given = Logits(logits, None, temperature, None, ours=False)
     logprobs, entropy, logsumexp = upstream
     return blocks.measure_logits_backward(
-        _row_step(backend), given, targets, Measures(logprobs, entropy, None, logsumexp)
+        row_step(backend), given, targets, Measures(logprobs, entropy, None, logsumexp)
     )
 
 
@@ -226,11 +226,11 @@ def _policy_pass(
     backend: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
+    head, ref = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap)
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
     batch = PolicyRows(targets, behavior_logprobs, advantages, live, weights, objective, entropy_coef, kl_coef)
     require(*target_rules(targets, len(weight), temperature, live), *policy_rules(batch))
-    found = blocks.policy_pass(_row_step(backend), head, ref, batch, chunk_rows, wanted)
+    found = blocks.policy_pass(row_step(backend), head, ref, batch, chunk_rows, wanted)
     return _present([found.logprobs, found.entropy, found.kl, *found.gradients])
 
 

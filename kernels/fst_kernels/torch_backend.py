@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .blocks import Ask, Measures
+from .blocks import Ask, Measures, slopes_of
 from .objective import PolicyRows
 from .types import Logits, arithmetic_dtype
 
@@ -12,9 +12,7 @@ def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, g
     block = _Block(logits, ask)
     if upstream is None or grad is None:
         return block.measures
-    if isinstance(upstream, PolicyRows):
-        assert block.measures.logprobs is not None
-        upstream = Measures(upstream.logprob_slopes(block.measures.logprobs), *upstream.term_slopes())
+    upstream = slopes_of(upstream, block.measures)
     found = block.gradient(upstream).div_(_column(logits.temperature))
     if block.softcap_slope is not None:
         found.mul_(block.softcap_slope)
@@ -29,10 +27,10 @@ def _column(temperature: Tensor) -> Tensor:
     return temperature[:, None] if temperature.ndim else temperature
 
 
-def _shaped(logits: Logits) -> tuple[Tensor, Tensor | None]:
+def _shaped(logits: Logits, keep: bool) -> tuple[Tensor, Tensor | None]:
     """Logits after bias, softcap and temperature (n, V), and the softcap's derivative there."""
     z, slope = logits.products, None
-    if not logits.ours:
+    if keep or not logits.ours:
         z = z.to(arithmetic_dtype(z), copy=True)
     if logits.bias is not None:
         z += logits.bias
@@ -48,7 +46,7 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     On a CPU torch.log_softmax was off by 1.5e-5 at V = 151936 (it sums in fp32, one after the other), this by 4e-6.
     """
-    peak = z.amax(-1, keepdim=True)
+    peak = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # if all are −inf, so is their logsumexp
     probs = z.sub_(peak).exp()
     total = probs.sum(-1, keepdim=True)
     log_total = total.log()
@@ -64,14 +62,14 @@ class _Block:
     """The softmax of some rows, its measures (n,), and the way back from them to the logits."""
 
     def __init__(self, logits: Logits, ask: Ask) -> None:
-        z, self.softcap_slope = _shaped(logits)
+        z, self.softcap_slope = _shaped(logits, ask.keep)
         self.probs, logs, logsumexp = _softmax(z)
         logprobs = entropies = kl = None
         if ask.targets is not None:
             self.targets = ask.targets
             logprobs = logs.gather(1, self.targets[:, None]).squeeze(1)
         if ask.ref is not None:
-            ref_probs, ref_logs, _ = _softmax(_shaped(ask.ref)[0])
+            ref_probs, ref_logs, _ = _softmax(_shaped(ask.ref, ask.keep)[0])
             if ask.forward_kl:  # Σ p (log p − log q); slope p (log p − log q) − p KL
                 self.kl_slope = _weighted(self.probs, torch.sub(logs, ref_logs, out=ref_logs))
                 kl = self.kl_center = self.kl_slope.sum(-1)
