@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 WORLD = int(os.environ.get("FST_TEST_WORLD", 0))
 RANK = int(os.environ.get("FST_TEST_RANK", 0))
 in_a_rank = pytest.mark.skipif(not WORLD, reason="runs in test_in_every_rank's processes")
-BACKENDS = [x for x in api.BACKENDS if x != "cpu" or api.cpu_backend.LIBRARY is not None]
+BACKENDS = [x for x in api.BACKENDS if x != "cuda" and (x != "cpu" or api.cpu_backend.LIBRARY is not None)]
 Fixture = Callable[..., Any]
 
 
