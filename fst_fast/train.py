@@ -365,13 +365,15 @@ class Trainer:
     def _generate(self, conversations: Sequence[list[Message]]) -> list[Answer]:
         """Answers of the frozen base model, for the policy reflector."""
         self.generated += 1
-        serving, version = self.engine.model, self.engine.policy_version
-        self.engine.load_weights(self.base, BASE_VERSION)
+        version = self.engine.policy_version
+        if version != BASE_VERSION:
+            self.engine.load_weights(self.base, BASE_VERSION)
         sampling = SamplingParams(1.0, self.config.reflector.max_new_tokens)
         try:
             return self.collector.complete(conversations, sampling, (self.state.cycle, self.generated))
         finally:
-            self.engine.load_weights(serving, version)
+            if version != BASE_VERSION:
+                self.engine.load_weights(self.model, version)
 
     def _check_context(self) -> None:
         """UserError when what the run will sample leaves no room for an answer."""

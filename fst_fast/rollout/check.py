@@ -29,19 +29,17 @@ def check_engine(engine: RolloutEngine, model: Model) -> None:
             done += engine.step()
         error = max(_worst_error(model, prompts[c.id], c) for c in done)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as problem:
-        raise UserError(
-            f"model.path: the {engine.name} engine cannot sample from {model.path}: {problem}"
-        ) from problem
+        raise UserError(f"model.path: the {engine.name} engine cannot sample from {model.path}: {problem}") from problem
     if not error < (1e-3 if model.lm.dtype == torch.float32 else 0.2):
         raise UserError(
-            f"model.path: {model.path}: the {engine.name} engine's log-probs are off by {error:.2g} from the model's own "
-            "forward pass: it has other weights or another architecture; Qwen3, Llama, Mistral and Gemma work"
+            f"model.path: {model.path}: the {engine.name} engine's log-probs are off by {error:.2g} from the model's "
+            "own forward pass: it has other weights or another architecture; Qwen3, Llama, Mistral and Gemma work"
         )
     computed, needed = engine.stats.computed_prompt_tokens - before, build(prompts).tokens
     if computed < needed:
         raise UserError(
-            f"rollout.engine: after a change of weights the {engine.name} engine computed {computed} of {needed} prompt "
-            "tokens and took the rest from older weights"
+            f"rollout.engine: after a change of weights the {engine.name} engine computed {computed} of {needed} "
+            "prompt tokens and took the rest from older weights"
         )
 
 

@@ -31,11 +31,11 @@ class Partial:
 
 
 class VllmEngine:
-    """RolloutEngine on vLLM. `model` says what to serve; its weights come with `load_weights`, the first and every later
-    time the same way, and nothing is sampled before the first.
+    """RolloutEngine on vLLM. `model` says what to serve; its weights come with `load_weights`, the first time as ever
+    after, and nothing is sampled before.
 
-    `gpu_memory` is the fraction of the GPU that vLLM takes; on the CPU it takes `kv_bytes` of KV cache. Raises UserError
-    for a model that vLLM cannot serve.
+    `gpu_memory` is the fraction of the GPU that vLLM takes; on the CPU it takes `kv_bytes` of KV cache. Raises
+    UserError for a model that vLLM cannot serve.
     """
 
     name = "vllm"
@@ -52,6 +52,7 @@ class VllmEngine:
         from vllm import EngineArgs, LLMEngine  # 10 s
         from vllm.usage.usage_lib import UsageContext
 
+        place: dict[str, Any]
         if on_cpu:
             place = {"enforce_eager": True, "block_size": CPU_BLOCK, "kv_cache_memory_bytes": kv_bytes}
         else:
@@ -77,7 +78,12 @@ class VllmEngine:
                 usage_context=UsageContext.LLM_CLASS,  # its defaults are for throughput
             )
         except Exception as error:  # of whatever kind: architectures, memory and settings are refused in many ways
-            raise UserError(f"rollout.engine: vllm cannot serve {model.path}: {error}") from error
+            raise UserError(
+                f"rollout.engine: vllm cannot serve {model.path}: {' '.join(str(error).split()):.500}"
+            ) from error
+        cache = self._llm.vllm_config.cache_config
+        self.block_size: int = cache.block_size  # tokens; of a shared prefix only whole blocks are shared
+        self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size
         self.stats = EngineStats()
         self._context, self._stop = model.context, sorted(model.eos_ids)
         self._state: Literal["without weights", "ready", "asleep"] = "without weights"
@@ -179,13 +185,13 @@ class VllmEngine:
 
 
 def _set_environment(on_cpu: bool) -> None:
-    """What vLLM reads when it is imported."""
+    """What vLLM reads when it is imported, in this process as all else."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the run has a display of its own
     if on_cpu:
-        # More threads than the trainer's spin against them; compiling takes minutes and saves nothing that counts here.
-        threads = str(torch.get_num_threads())
-        os.environ |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+        # vLLM would take all cores; threads beyond the trainer's spin against each other
+        os.environ |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        torch._dynamo.config.disable = True  # else a helper of its sampler is compiled, for seconds
 
 
 def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
