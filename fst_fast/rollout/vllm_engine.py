@@ -81,9 +81,8 @@ class VllmEngine:
             raise UserError(
                 f"rollout.engine: vllm cannot serve {model.path}: {' '.join(str(error).split()):.500}"
             ) from error
-        cache = self._llm.vllm_config.cache_config
-        self.block_size: int = cache.block_size  # tokens; of a shared prefix only whole blocks are shared
-        self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size
+        # tokens; of a shared prefix only whole blocks are shared
+        self.block_size: int = self._llm.vllm_config.cache_config.block_size
         self.stats = EngineStats()
         self._context, self._stop = model.context, sorted(model.eos_ids)
         self._state: Literal["without weights", "ready", "asleep"] = "without weights"

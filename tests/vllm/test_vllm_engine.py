@@ -44,13 +44,15 @@ def requests_on(
     prompts: Sequence[int] = (83, 101, 120),
     problems: int = 4,
     samples: int = 2,
-    sampling: SamplingParams = SamplingParams(0.7, 9),
+    temperature: float = 0.7,
+    new_tokens: int = 9,
 ) -> list[Request]:
     """Prompts of these lengths × problems of ragged lengths × samples, in problem-major order."""
     vocabulary = model.config.vocab_size
     heads = [tokens(i, n, vocabulary) for i, n in enumerate(prompts)]
     tails = [tokens(100 + i, 3 + 11 * i % 37, vocabulary) for i in range(problems)]
     contexts = [head + tail for tail in tails for head in heads for _ in range(samples)]
+    sampling = SamplingParams(temperature, new_tokens)
     return [Request(i, context, sampling, seed=1000 + i) for i, context in enumerate(contexts)]
 
 
@@ -127,7 +129,7 @@ def test_nothing_is_sampled_from_the_random_weights_an_engine_starts_with(qwen: 
 
 
 def test_responses_end_as_asked_with_a_logprob_for_every_token(qwen: Model, fresh: VllmEngine) -> None:
-    requests = requests_on(qwen, samples=8, sampling=SamplingParams(1.5, 12))
+    requests = requests_on(qwen, samples=8, temperature=1.5, new_tokens=12)
     done = drain(fresh, requests)
     assert {c.finish_reason for c in done.values()} == {"stop", "length"}
     for r in requests:
@@ -206,14 +208,14 @@ def prefill(engine: VllmEngine, requests: Sequence[Request], monkeypatch: pytest
 def test_prefill_is_the_plan_and_less_than_in_problem_major_order_with_a_small_cache(
     qwen: Model, fresh: VllmEngine, narrow: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = requests_on(qwen, prompts=(905, 1010, 1121), problems=16, sampling=SamplingParams(1.0, 3))
+    requests = requests_on(qwen, prompts=(905, 1010, 1121), problems=16, temperature=1.0, new_tokens=3)
     asked, plan = sum(len(r.prompt_ids) for r in requests), planned_prefill(requests, fresh.block_size)
     narrow.load_weights(qwen, 0)
     roomy = prefill(fresh, order(requests), monkeypatch)
     small = prefill(narrow, order(requests), monkeypatch)
     narrow.load_weights(qwen, 1)  # an empty cache
     problem_major = prefill(narrow, requests, monkeypatch)
-    print(f"\nasked {asked}, plan {plan}, computed {roomy}; cache of {narrow.cache_tokens}: {small} ({problem_major})")
+    print(f"\nasked {asked}, plan {plan}, computed {roomy}; small cache {small}, problem-major {problem_major}")
     assert abs(roomy - plan) <= 0.02 * plan
     assert abs(small - plan) <= 0.02 * plan
     assert problem_major > 3 * small
@@ -312,7 +314,7 @@ def test_weights_change_only_under_an_idle_engine_that_is_awake(qwen: Model, fre
 
 def test_priorities_go_first_and_then_the_order_of_submission(qwen: Model, narrow: VllmEngine) -> None:
     narrow.load_weights(qwen, 0)
-    requests = requests_on(qwen, samples=1, sampling=SamplingParams(1.0, 1))
+    requests = requests_on(qwen, samples=1, temperature=1.0, new_tokens=1)
     ranked = [replace(r, priority=1 - (r.id >= 8)) for r in requests]
     narrow.submit(ranked)
     ended: list[int] = []
@@ -323,7 +325,7 @@ def test_priorities_go_first_and_then_the_order_of_submission(qwen: Model, narro
 
 def test_abort_returns_what_there_is_and_leaves_the_others_alone(qwen: Model, narrow: VllmEngine) -> None:
     narrow.load_weights(qwen, 0)
-    requests = requests_on(qwen, sampling=SamplingParams(1.0, 40))
+    requests = requests_on(qwen, temperature=1.0, new_tokens=40)
     alone = drain(narrow, requests)
     narrow.submit(requests)
     done: dict[int, Completion] = {}
