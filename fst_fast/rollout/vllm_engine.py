@@ -35,7 +35,8 @@ class VllmEngine:
     after, and nothing is sampled before.
 
     `gpu_memory` is the fraction of the GPU that vLLM takes; on the CPU it takes `kv_bytes` of KV cache. Raises
-    UserError for a model that vLLM cannot serve.
+    UserError for a model that vLLM cannot serve. One engine a process: vLLM's process groups are global, and the end of
+    any engine takes them from the others.
     """
 
     name = "vllm"

@@ -29,8 +29,14 @@ from tests.rollout.test_torch_engine import drain, error_of
 pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm tests it in an environment of its own")
 
 ROOT = Path(__file__).parents[2]
-MIB = 1 << 20
 HEAD_DIM = 32  # the smallest that vLLM has on the CPU
+
+ENGINES: list[VllmEngine] = []  # none may end before the last test: it would take vLLM's process groups along
+
+
+def engine_on(model: Model, *, max_batch: int = 64, kv_bytes: int = 1 << 26) -> VllmEngine:
+    ENGINES.append(VllmEngine(model, max_batch=max_batch, kv_bytes=kv_bytes))
+    return ENGINES[-1]
 
 
 def tokens(seed: int, n: int, vocabulary: int) -> tuple[int, ...]:
@@ -72,7 +78,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def engine(model: Model) -> VllmEngine:
-    return VllmEngine(model, max_batch=64, kv_bytes=64 * MIB)
+    return engine_on(model)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="module")
 def served(qwen: Model) -> VllmEngine:
     """One engine for the tests that need no second family; `fresh` gives it back as new."""
-    return VllmEngine(qwen, max_batch=64, kv_bytes=64 * MIB)
+    return engine_on(qwen)
 
 
 @pytest.fixture
@@ -97,7 +103,7 @@ def fresh(served: VllmEngine, qwen: Model) -> Iterator[VllmEngine]:
 def narrow(qwen: Model) -> VllmEngine:
     """Two sequences at once, and a cache that holds one of three long prompts beside them."""
     block = 2 * 2 * 2 * HEAD_DIM * 4 * 32  # K and V of two layers and two heads, fp32, 32 tokens
-    return VllmEngine(qwen, max_batch=2, kv_bytes=66 * block)
+    return engine_on(qwen, max_batch=2, kv_bytes=66 * block)
 
 
 def test_logprobs_are_the_trainers_after_each_of_five_weight_updates(model: Model, engine: VllmEngine) -> None:
@@ -122,7 +128,7 @@ def test_the_self_check_passes_before_and_after_an_update(model: Model, engine: 
 
 
 def test_nothing_is_sampled_from_the_random_weights_an_engine_starts_with(qwen: Model) -> None:
-    new = VllmEngine(qwen, max_batch=8, kv_bytes=64 * MIB)
+    new = engine_on(qwen)
     with pytest.raises(RuntimeError, match="without weights"):
         new.submit(requests_on(qwen))
     assert not new.busy
@@ -357,19 +363,19 @@ def test_a_prompt_without_room_in_the_context_is_refused_before_any_work(qwen: M
 # --------------------------------------------------------------------------------------------------------- the rest
 
 
+def test_bf16_is_sampled_in_bf16(qwen: Model) -> None:
+    half = load_model(qwen.path, dtype="bfloat16")
+    engine = engine_on(half)
+    engine.load_weights(half, 0)
+    check_engine(engine, half)
+    assert engine._llm.model_config.dtype == torch.bfloat16
+
+
 def test_what_vllm_cannot_serve_is_told_in_a_sentence(qwen: Model) -> None:
     with pytest.raises(UserError, match=r"rollout.engine: vllm cannot serve .*cache blocks"):
         VllmEngine(qwen, kv_bytes=1)
     with pytest.raises(UserError, match=r"model.device = 'cuda:1': .* CUDA_VISIBLE_DEVICES"):
         VllmEngine(SimpleNamespace(device=torch.device("cuda:1")))  # type: ignore[arg-type]
-
-
-def test_bf16_is_sampled_in_bf16(qwen: Model) -> None:
-    half = load_model(qwen.path, dtype="bfloat16")
-    engine = VllmEngine(half, max_batch=8, kv_bytes=64 * MIB)
-    engine.load_weights(half, 0)
-    check_engine(engine, half)
-    assert engine._llm.model_config.dtype == torch.bfloat16
 
 
 def test_a_training_run_by_the_command_line(tmp_path: Path) -> None:
