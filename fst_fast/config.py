@@ -42,6 +42,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    engine: Literal["torch", "vllm"] = "torch"
+    """Who samples: the embedded engine, on the trainer's own weights, or vLLM (needs the extra [vllm])."""
     problems: Count = 32
     """P: problems a step."""
     group_size: Annotated[int, Field(ge=2, le=10_000)] = 8
@@ -51,7 +53,9 @@ class RolloutConfig:
     max_new_tokens: Count = 1024
     """Longest response; a longer one is cut and scored as it stands."""
     max_batch: Count = 256
-    """Sequences the embedded engine decodes together."""
+    """Sequences the engine decodes together."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Fraction of the GPU that vLLM takes for its copy of the weights and its KV cache; training needs the rest."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,10 @@ def check(config: Config) -> None:
         )
     if config.wandb and not find_spec("wandb"):
         raise UserError("wandb = True: it is not installed; pip install 'fst-fast[wandb]', or leave it out")
+    if config.rollout.engine == "vllm" and not find_spec("vllm"):
+        raise UserError(
+            "rollout.engine: vllm is not installed; pip install 'fst-fast[vllm]' on a GPU machine, or use torch"
+        )
     stages(config.stream)
 
 

@@ -2,7 +2,7 @@
 
 Every step: problems × prompts → rollouts → groups → one slow step. Every T steps before that: one GEPA cycle on the
 problems of the next T batches. Evaluation and checkpoints in between. Not here: several ranks, reuse of GEPA's
-rollouts, vLLM (later parts replace pieces of this working system).
+rollouts (later parts replace pieces of this working system).
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from fst_fast.files import Appender, write_atomic
 from fst_fast.model import load_model
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
 from fst_fast.report import write_report
+from fst_fast.rollout import make_engine
+from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.collect import Ask, Collector
 from fst_fast.rollout.reuse import RolloutStore
-from fst_fast.rollout.torch_engine import TorchEngine, check_engine
 from fst_fast.seeding import stream
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner, StepReport
@@ -101,12 +102,13 @@ class Trainer:
         path, loading = config.model.path, {k: v for k, v in asdict(config.model).items() if k != "path"}
         self.model, self.base = load_model(path, **loading), load_model(path, **loading)
         self.base.lm.requires_grad_(False)
-        check_engine(self.model)
         self.longest = [longest_problem(self.model, t) for t in self.tasks]
         self._check_context()
         self.policy = Policy(self.model, config.slow)
         self.learner = Learner(self.policy, self.base, config.slow)
-        self.engine = TorchEngine(self.model, max_batch=config.rollout.max_batch)
+        self.engine = make_engine(config.rollout, self.model)
+        check_engine(self.engine, self.model)
+        self.checked_update = False
         self.state = State(best=Prompt(self.tasks[0].seed_prompt))
         self.inputs = fingerprint(self.tasks, self.base)
         self.saved = -1  # step of the newest checkpoint
@@ -296,6 +298,9 @@ class Trainer:
             },
         }
         self.telemetry.write(record, prompt=self.state.best.text)
+        if not self.checked_update:  # the first new weights have reached the engine, and no KV of the old is left
+            check_engine(self.engine, self.model)
+            self.checked_update = True
 
     def evaluate(self) -> None:
         """Held-out reward and KL of what the run would deploy now."""
@@ -360,13 +365,15 @@ class Trainer:
     def _generate(self, conversations: Sequence[list[Message]]) -> list[Answer]:
         """Answers of the frozen base model, for the policy reflector."""
         self.generated += 1
-        serving, version = self.engine.model, self.engine.policy_version
-        self.engine.load_weights(self.base, BASE_VERSION)
+        version = self.engine.policy_version
+        if version != BASE_VERSION:
+            self.engine.load_weights(self.base, BASE_VERSION)
         sampling = SamplingParams(1.0, self.config.reflector.max_new_tokens)
         try:
             return self.collector.complete(conversations, sampling, (self.state.cycle, self.generated))
         finally:
-            self.engine.load_weights(serving, version)
+            if version != BASE_VERSION:
+                self.engine.load_weights(self.model, version)
 
     def _check_context(self) -> None:
         """UserError when what the run will sample leaves no room for an answer."""

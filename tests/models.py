@@ -24,7 +24,7 @@ from fst_fast.model import GLYPH_BASE, Model, load_model
 FAMILIES = ("qwen3", "llama", "mistral", "gemma2", "gemma3")
 
 
-def save_tiny(family: str, folder: Path, *, seed: int = 0) -> Path:
+def save_tiny(family: str, folder: Path, *, seed: int = 0, head_dim: int = 16) -> Path:
     """A random model of the family with the glyph tokenizer (and its chat template) in `folder`."""
     tokenizer = AutoTokenizer.from_pretrained(GLYPH_BASE)
     torch.manual_seed(seed)
@@ -35,7 +35,7 @@ def save_tiny(family: str, folder: Path, *, seed: int = 0) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,  # grouped-query attention
-        "head_dim": 16,
+        "head_dim": head_dim,
         "max_position_embeddings": 2048,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -63,5 +63,5 @@ def save_tiny(family: str, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def tiny(family: str, folder: Path, *, seed: int = 0) -> Model:
-    return load_model(str(save_tiny(family, folder, seed=seed)))
+def tiny(family: str, folder: Path, *, seed: int = 0, head_dim: int = 16) -> Model:
+    return load_model(str(save_tiny(family, folder, seed=seed, head_dim=head_dim)))

@@ -113,6 +113,7 @@ def test_a_flag_that_does_not_exist_or_cannot_be_read(argv: list[str], words: li
         ({"rollout.problems": 10**30}, ["rollout.problems = 1000"]),
         ({"rollout.problems": 5000}, ["rollout.problems = 5000", "4096"]),
         ({"rollout.group-size": 1}, ["rollout.group_size = 1"]),
+        ({"rollout.engine": "vllm", "rollout.gpu-memory": 1.5}, ["rollout.gpu_memory = 1.5", "less than 1"]),
         ({"rollout.group-size": 6}, ["rollout.group_size = 6", "fast.population = 4", "1 or 2 or 3 or 6"]),
         ({"rollout.temperature": "nan"}, ["rollout.temperature = nan"]),
         ({"rollout.temperature": 0}, ["rollout.temperature = 0"]),
@@ -151,6 +152,12 @@ def test_a_flag_that_does_not_exist_or_cannot_be_read(argv: list[str], words: li
 def test_a_value_that_cannot_work(settings: dict[str, object], words: list[str], refuse: Refusals) -> None:
     said = refuse.train(*flags(settings))
     assert all(word in said for word in words), said
+
+
+def test_an_engine_that_is_not_installed(refuse: Refusals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    said = refuse.train(*flags(SMALL), "--rollout.engine", "vllm")
+    assert "rollout.engine: vllm is not installed; pip install 'fst-fast[vllm]' on a GPU machine, or use torch" in said
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from fst_fast.errors import UserError
 from fst_fast.model import load_model
 from fst_fast.rollout import torch_engine
-from fst_fast.rollout.torch_engine import check_engine
+from fst_fast.rollout.check import check_engine
+from fst_fast.rollout.torch_engine import TorchEngine
 from tests.models import save_tiny, tiny
 
 CHAT = [{"role": "system", "content": "use upper case."}, {"role": "user", "content": "a b"}]
@@ -53,10 +54,10 @@ def test_an_engine_that_attends_otherwise_than_the_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("mistral", tmp_path)
-    check_engine(model)
+    check_engine(TorchEngine(model), model)
     model.window = None  # what an engine does that does not know the window
     with pytest.raises(UserError, match="log-probs are off by"):
-        check_engine(model)
+        check_engine(TorchEngine(model), model)
 
 
 def test_an_architecture_the_engine_cannot_run_is_refused_in_words(
@@ -69,7 +70,7 @@ def test_an_architecture_the_engine_cannot_run_is_refused_in_words(
 
     monkeypatch.setattr(torch_engine, "additive", broken)
     with pytest.raises(UserError, match=r"cannot sample from .*too many values"):
-        check_engine(model)
+        check_engine(TorchEngine(model), model)
 
 
 def test_unknown_layers_are_refused(tmp_path: Path) -> None:

@@ -66,3 +66,13 @@ class RolloutEngine(Protocol):
     def busy(self) -> bool:
         """Whether requests wait or run."""
         ...
+
+
+def check_lengths(requests: Sequence[Request], context: int) -> None:
+    """ValueError for a prompt that leaves no room for its longest response."""
+    for r in requests:
+        if len(r.prompt_ids) + r.sampling.max_new_tokens > context:
+            raise ValueError(
+                f"a prompt of {len(r.prompt_ids)} tokens and max_new_tokens = {r.sampling.max_new_tokens} do not "
+                f"fit the model's context of {context} tokens"
+            )

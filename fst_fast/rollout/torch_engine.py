@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from fst_fast.errors import UserError
 from fst_fast.model import Head, Model
 from fst_fast.prefix_tree import build
-from fst_fast.records import FinishReason, SamplingParams
-from fst_fast.rollout.engine import Completion, EngineStats, Request
+from fst_fast.records import FinishReason
+from fst_fast.rollout.engine import Completion, EngineStats, Request, check_lengths
 
 MIN_SAVING = 16  # tokens a trie level must save per shared stretch: each level costs one forward pass
 
@@ -62,12 +61,7 @@ class TorchEngine:
         self._head = Head(head.weight.detach().float(), None if head.bias is None else head.bias.detach(), head.softcap)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        for r in requests:
-            if len(r.prompt_ids) + r.sampling.max_new_tokens > self.model.context:
-                raise ValueError(
-                    f"a prompt of {len(r.prompt_ids)} tokens and max_new_tokens = {r.sampling.max_new_tokens} do not "
-                    f"fit the model's context of {self.model.context} tokens"
-                )
+        check_lengths(requests, self.model.context)
         self._waiting.extend(sorted(requests, key=lambda r: r.priority))  # stable: keeps the trie order
 
     def abort(self, ids: Iterable[int]) -> list[Completion]:
@@ -246,39 +240,6 @@ class KVBlock:
         trim = [(k[:, :, : self.columns], v[:, :, : self.columns]) for k, v in self.layers]
         layers = [tuple(torch.nn.functional.pad(t, (0, 0, pad, 0)) for t in pair) for pair in trim]
         return KVBlock(layers, torch.nn.functional.pad(self.valid, (pad, 0)))  # type: ignore[arg-type]
-
-
-def check_engine(model: Model) -> None:
-    """Some architectures attend in ways this engine does not know (ALiBi, chunks, recurrences): sampling a little and
-    comparing its log-probs with the model's own forward pass tells, before anything is learned from wrong numbers.
-
-    Raises UserError.
-    """
-    length = min(model.window + 8 if model.window and model.window <= 512 else 24, model.context - 8)
-    ids = [(7 * i + 3) % model.config.vocab_size for i in range(length)]
-    prompts = [tuple(ids), (*ids[:-4], 5)]  # one is prefilled on top of the other's prefix
-    engine = TorchEngine(model)
-    try:
-        engine.submit([Request(i, prompt, SamplingParams(1.0, 4), seed=i) for i, prompt in enumerate(prompts)])
-        done = []
-        while engine.busy:
-            done += engine.step()
-        error = max(_worst_error(model, prompts[c.id], c) for c in done)
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as problem:
-        raise UserError(f"model.path: the embedded engine cannot sample from {model.path}: {problem}") from problem
-    if not error < (1e-3 if model.lm.dtype == torch.float32 else 0.2):
-        raise UserError(
-            f"model.path: {model.path}: the embedded engine's log-probs are off by {error:.2g} from the model's own "
-            "forward pass, so its attention is of a kind the engine does not know; Qwen3, Llama, Mistral and Gemma work"
-        )
-
-
-@torch.no_grad()
-def _worst_error(model: Model, prompt: tuple[int, ...], c: Completion) -> float:
-    hidden = model.hidden(torch.tensor([prompt + c.response_ids], device=model.device), use_cache=False)
-    logprobs = model.logits(hidden[0, len(prompt) - 1 : -1]).log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(c.response_ids, device=model.device)[:, None])[:, 0]
-    return float((chosen - torch.tensor(c.logprobs, device=model.device)).abs().max())
 
 
 def additive(mask: torch.Tensor, model: Model) -> torch.Tensor:

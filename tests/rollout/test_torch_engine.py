@@ -7,7 +7,7 @@ import torch
 
 from fst_fast.model import Model
 from fst_fast.records import SamplingParams
-from fst_fast.rollout.engine import Completion, Request
+from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.schedule import order
 from fst_fast.rollout.torch_engine import TorchEngine
 from tests.models import FAMILIES, tiny
@@ -31,7 +31,7 @@ def requests_on(model: Model, *, temperature: float = 0.7, samples: int = 2, new
     ]
 
 
-def drain(engine: TorchEngine, requests: list[Request]) -> dict[int, Completion]:
+def drain(engine: RolloutEngine, requests: list[Request]) -> dict[int, Completion]:
     engine.submit(order(requests))
     done: dict[int, Completion] = {}
     while engine.busy:

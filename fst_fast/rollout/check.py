@@ -1,0 +1,51 @@
+"""Whether an engine samples from the distribution that the trainer will differentiate: asked of every engine."""
+
+from __future__ import annotations
+
+import torch
+
+from fst_fast.errors import UserError
+from fst_fast.model import Model
+from fst_fast.prefix_tree import build
+from fst_fast.records import SamplingParams
+from fst_fast.rollout.engine import Completion, Request, RolloutEngine
+
+
+def check_engine(engine: RolloutEngine, model: Model) -> None:
+    """Right after `engine.load_weights(model, ...)`: sample a little, before anything is learned from wrong numbers.
+
+    Log-probs off the model's own forward pass by 1e-3 (bf16: 0.2) mean an architecture that the engine runs otherwise
+    (ALiBi, chunks, recurrences) or weights that did not reach it; fewer prompt tokens computed than the prompts have,
+    that it read KV of older weights, however small the change. Raises UserError.
+    """
+    length = max(72, model.window + 8 if model.window and model.window <= 512 else 0)  # some of vLLM's blocks
+    ids = [(7 * i + 3) % model.config.vocab_size for i in range(min(length, model.context - 8))]
+    prompts = [tuple(ids), (*ids[:-4], 5)]  # one is prefilled on top of the other's prefix
+    before = engine.stats.computed_prompt_tokens
+    try:
+        engine.submit([Request(i, prompt, SamplingParams(1.0, 4), seed=i) for i, prompt in enumerate(prompts)])
+        done = []
+        while engine.busy:
+            done += engine.step()
+        error = max(_worst_error(model, prompts[c.id], c) for c in done)
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as problem:
+        raise UserError(f"model.path: the {engine.name} engine cannot sample from {model.path}: {problem}") from problem
+    if not error < (1e-3 if model.lm.dtype == torch.float32 else 0.2):
+        raise UserError(
+            f"model.path: {model.path}: the {engine.name} engine's log-probs are off by {error:.2g} from the model's "
+            "own forward pass: it has other weights or another architecture; Qwen3, Llama, Mistral and Gemma work"
+        )
+    computed, needed = engine.stats.computed_prompt_tokens - before, build(prompts).tokens
+    if computed < needed:
+        raise UserError(
+            f"rollout.engine: after a change of weights the {engine.name} engine computed {computed} of {needed} "
+            "prompt tokens and took the rest from older weights"
+        )
+
+
+@torch.no_grad()
+def _worst_error(model: Model, prompt: tuple[int, ...], c: Completion) -> float:
+    hidden = model.hidden(torch.tensor([prompt + c.response_ids], device=model.device), use_cache=False)
+    logprobs = model.logits(hidden[0, len(prompt) - 1 : -1]).log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(c.response_ids, device=model.device)[:, None])[:, 0]
+    return float((chosen - torch.tensor(c.logprobs, device=model.device)).abs().max())

@@ -1,0 +1,220 @@
+"""vLLM as rollout engine, in this process, one engine a GPU: the only file that touches vllm.
+
+Its API moves: written against 0.25.1 (CUDA, torch 2.11) and 0.32.0 (torch 2.13), tested with the CPU build of 0.32.0.
+What differs between the two is said where it matters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from fst_fast.errors import UserError
+from fst_fast.model import Model
+from fst_fast.records import FinishReason
+from fst_fast.rollout.engine import Completion, EngineStats, Request, check_lengths
+
+CPU_BLOCK = 32  # tokens; on the CPU a block must be a multiple of 32, on a GPU vLLM chooses (16)
+
+
+@dataclass(slots=True)
+class Partial:
+    """What a request has so far."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class VllmEngine:
+    """RolloutEngine on vLLM. `model` says what to serve; its weights come with `load_weights`, the first time as ever
+    after, and nothing is sampled before.
+
+    `gpu_memory` is the fraction of the GPU that vLLM takes; on the CPU it takes `kv_bytes` of KV cache. Raises
+    UserError for a model that vLLM cannot serve. One engine a process: vLLM's process groups are global, and the end of
+    any engine takes them from the others.
+    """
+
+    name = "vllm"
+    policy_version = -1
+
+    def __init__(self, model: Model, *, max_batch: int = 256, gpu_memory: float = 0.5, kv_bytes: int = 1 << 30):
+        if model.device.index:
+            raise UserError(
+                f"model.device = {str(model.device)!r}: vllm uses the first GPU it sees; choose one with "
+                "CUDA_VISIBLE_DEVICES and leave model.device at auto"
+            )
+        on_cpu = model.device.type == "cpu"
+        _set_environment(on_cpu)
+        from vllm import EngineArgs, LLMEngine  # 10 s
+        from vllm.usage.usage_lib import UsageContext
+
+        place: dict[str, Any]
+        if on_cpu:
+            place = {"enforce_eager": True, "block_size": CPU_BLOCK, "kv_cache_memory_bytes": kv_bytes}
+        else:
+            place = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True}
+        try:
+            self._llm: Any = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=model.path,
+                    load_format="dummy",
+                    dtype=str(model.lm.dtype).removeprefix("torch."),
+                    max_model_len=model.context,
+                    max_num_seqs=max_batch,
+                    skip_tokenizer_init=True,  # token ids in, token ids out
+                    generation_config="vllm",  # no sampling defaults out of the model's folder
+                    logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+                    enable_prefix_caching=True,
+                    scheduling_policy="priority",
+                    async_scheduling=False,  # an idle engine has no step in flight: weights may change
+                    disable_log_stats=True,
+                    seed=0,
+                    **place,
+                ),
+                usage_context=UsageContext.LLM_CLASS,  # its defaults are for throughput
+            )
+        except Exception as error:  # of whatever kind: architectures, memory and settings are refused in many ways
+            raise UserError(
+                f"rollout.engine: vllm cannot serve {model.path}: {' '.join(str(error).split()):.500}"
+            ) from error
+        # tokens; of a shared prefix only whole blocks are shared
+        self.block_size: int = self._llm.vllm_config.cache_config.block_size
+        self.stats = EngineStats()
+        self._context, self._stop = model.context, sorted(model.eos_ids)
+        self._state: Literal["without weights", "ready", "asleep"] = "without weights"
+        self._live: dict[int, Partial] = {}
+        self._arrivals = itertools.count()  # equal priorities go in the order of submission
+        self._loads = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._live)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        from vllm.inputs import tokens_input
+
+        if self._state != "ready":
+            raise RuntimeError(f"submit to an engine that is {self._state}: load_weights comes first")
+        check_lengths(requests, self._context)
+        # No KV of older weights is ever read: the cache is emptied with every load, and the salt is another besides.
+        salt = str(self._loads)
+        for r in requests:
+            self._llm.add_request(
+                str(r.id),
+                tokens_input(list(r.prompt_ids), cache_salt=salt),
+                self._sampling_params(r),
+                arrival_time=float(next(self._arrivals)),
+                priority=r.priority,
+            )
+            self._live[r.id] = Partial()
+
+    def step(self) -> list[Completion]:
+        done = []
+        for output in self._llm.step():
+            [new] = output.outputs
+            so_far = self._live[int(output.request_id)]
+            if not so_far.ids:  # counted once: what a request computes again after a pre-emption is left out
+                self.stats.prompt_tokens += len(output.prompt_token_ids)
+                self.stats.computed_prompt_tokens += len(output.prompt_token_ids) - output.num_cached_tokens
+            so_far.ids += new.token_ids
+            so_far.logprobs += [at[token].logprob for token, at in zip(new.token_ids, new.logprobs, strict=True)]
+            self.stats.generated_tokens += len(new.token_ids)
+            if output.finished:
+                if new.finish_reason not in ("stop", "length"):
+                    raise RuntimeError(f"vllm gave up request {output.request_id}: {new.finish_reason}")
+                done.append(self._end(int(output.request_id), new.finish_reason))
+        return done
+
+    def abort(self, ids: Iterable[int]) -> list[Completion]:
+        known = [i for i in dict.fromkeys(ids) if i in self._live]
+        self._llm.abort_request([str(i) for i in known])
+        return [self._end(i, "aborted") for i in known]
+
+    def load_weights(self, model: Model, version: int) -> None:
+        self._needs_idle("load_weights")
+        if self._state == "asleep":
+            raise RuntimeError("load_weights on an engine that is asleep: wake it first")
+        self._state = "without weights"  # should anything below fail
+        [missing] = self._llm.apply_model(lambda network: _load(network, _weights(model), self._llm.model_config))
+        if missing:
+            raise RuntimeError(f"{len(missing)} of vllm's weights are not among the trainer's, e.g. {min(missing)}")
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vllm did not empty its prefix cache, which holds KV of older weights")
+        self._loads += 1
+        self._state, self.policy_version = "ready", version
+
+    def sleep(self) -> None:
+        """Give weights and KV cache back to the GPU, for a training step. Needs an idle engine; no-op on the CPU, but
+        here too the weights must be loaded again."""
+        self._needs_idle("sleep")
+        self._llm.sleep(level=2)  # 1 would keep a copy of weights that the trainer has already changed
+        self._state = "asleep"
+
+    def wake(self) -> None:
+        """Take the memory again; `load_weights` comes next."""
+        self._llm.wake_up()
+        self._state = "without weights"
+
+    def _needs_idle(self, what: str) -> None:
+        if self.busy:
+            raise RuntimeError(f"{what} on a busy engine: drain or abort its requests first")
+
+    def _end(self, id: int, reason: FinishReason) -> Completion:
+        got = self._live.pop(id)
+        return Completion(id, tuple(got.ids), tuple(got.logprobs), self.policy_version, reason)
+
+    def _sampling_params(self, r: Request) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=r.sampling.temperature,
+            max_tokens=r.sampling.max_new_tokens,
+            seed=r.seed,
+            logprobs=0,  # of the sampled token alone
+            stop_token_ids=self._stop,
+            ignore_eos=True,  # `stop_token_ids` has them all
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+
+def _set_environment(on_cpu: bool) -> None:
+    """What vLLM reads when it is imported, in this process as all else."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the run has a display of its own
+    if on_cpu:
+        # vLLM would take all cores; threads beyond the trainer's spin against each other
+        os.environ |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        torch._dynamo.config.disable = True  # else a helper of its sampler is compiled, for seconds
+
+
+def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trainer's weights under the names of its checkpoint. A tied head is one tensor and comes as the embedding."""
+    return ((name, p.detach()) for name, p in model.lm.named_parameters())
+
+
+@torch.no_grad()
+def _load(network: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], config: object) -> set[str]:
+    """Put checkpoint weights into vLLM's network; the names of those it has and did not get.
+
+    `network.load_weights` alone fails on the CPU, where layers pack their weights after loading; between these two
+    calls each layer is unpacked, loaded, packed, and written to the memory it had (which CUDA graphs point to).
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(network)
+    loaded = network.load_weights(weights)  # type: ignore[operator]
+    finalize_layerwise_reload(network, config)
+    for layer in network.modules():
+        # A tied head got nothing itself: it shares the embedding's weight, but not the copy it packed of the old one.
+        # (In 0.25.1 it is the embedding itself.)
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
+    return {name for name, _ in network.named_parameters()} - loaded
