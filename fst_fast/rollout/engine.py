@@ -19,11 +19,16 @@ class Request:
     sampling: SamplingParams
     seed: int
     priority: int = 0  # lower first
+    policy_version: int | None = None  # the weights it is for; None = those the engine holds when it starts
+    problem: str = ""  # whose responses are of similar length
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished response. `logprobs` are those of the distribution really sampled from, temperature included."""
+    """A finished response. `logprobs` are those of the distribution really sampled from, temperature included.
+
+    `policy_version` is that of the weights that sampled it; of the oldest, when they changed on the way.
+    """
 
     id: int
     response_ids: tuple[int, ...]
