@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from fst_fast.model import Model
 from fst_fast.rollout.engine import Completion, EngineStats, Request, RolloutEngine
-from fst_fast.rollout.schedule import LengthPredictor, peak_tokens, place, plan
+from fst_fast.rollout.schedule import AHEAD, LengthPredictor, peak_tokens, place, plan
 from fst_fast.seeding import derive
 
 
@@ -58,29 +60,28 @@ class Dispatcher:
             taken = next(i for i in ids if i in self._where or ids.count(i) > 1)
             raise ValueError(f"request id {taken} is taken by an unfinished request; give every request its own")
         waiting = [r for q in self.queues for r, _ in q.waiting] + list(requests)
-        running = [(q, s) for q in self.queues for s in q.running.values()]
-        everything = waiting + [s.request for _, s in running]
+        running = [s for q in self.queues for s in q.running.values()]
+        everything = waiting + [s.request for s in running]
         bounded = self.cache_tokens is not None or len(self.queues) > 1
-        predicted = [self.lengths.predict(r.problem) for r in waiting]
-        left = [self._remaining(q, s) for q, s in running]
+        left = [self._left(q) for q in self.queues]
+        predicted = [self.lengths.expected(r.problem) for r in waiting] + [n for each in left for n in each]
         found = plan(
             [r.prompt_ids for r in everything],
             # what runs is in the plan for the sake of its prefixes only
             [r.priority for r in waiting] + [1 << 30] * len(running),
-            predicted + left if bounded else None,
+            predicted if bounded else None,
             cache_tokens=self.cache_tokens or 0,
         )
         self._node_tokens = found.node_tokens
-        loads = [sum(self._remaining(q, s) for s in q.running.values()) for q in self.queues]
         for q in self.queues:
             q.waiting.clear()
-        for unit, engine in zip(found.units, place(found, loads), strict=True):
+        for unit, engine in zip(found.units, place(found, [sum(each) for each in left]), strict=True):
             for i in unit.requests:
                 if i < len(waiting):
                     self._where[everything[i].id] = engine
                     self.queues[engine].waiting.append((everything[i], unit.path))
                 else:
-                    running[i - len(waiting)][1].path = unit.path
+                    running[i - len(waiting)].path = unit.path
 
     def start(self, engines: Iterable[int], version: int) -> list[tuple[int, Request]]:
         """What these engines start now, with their number: each what waits for it, as far as it fits; then one that
@@ -88,15 +89,21 @@ class Dispatcher:
         started = []
         for engine in engines:
             q = self.queues[engine]
-            while q.waiting and self._fits(q, *q.waiting[0], version):
-                started.append((engine, self._start(engine, *q.waiting.popleft())))
+            while q.waiting:
+                if self._fits(q, *q.waiting[0], version):
+                    started.append((engine, self._start(engine, *q.waiting.popleft())))
+                    continue
+                last = _last(q.waiting)
+                if not last or not self._fits(q, *q.waiting[last], version):
+                    break
+                started.append((engine, self._start(engine, *q.waiting[last])))
+                del q.waiting[last]
         if self.cache_tokens is None:  # nothing that has been handed over comes back
             return started
         for engine in engines:
             q = self.queues[engine]
             while not q.waiting and (richest := max(self.queues, key=lambda other: len(other.waiting))).waiting:
-                urgent = richest.waiting[0][0].priority
-                last = sum(r.priority == urgent for r, _ in richest.waiting) - 1
+                last = _last(richest.waiting)
                 if not self._fits(q, *richest.waiting[last], version):
                     break
                 started.append((engine, self._start(engine, *richest.waiting[last])))
@@ -139,14 +146,28 @@ class Dispatcher:
             return False
         if self.cache_tokens is None or not q.running:
             return True
+        rest = [s.request for s in q.running.values()] + [request]
+        made = np.array([q.steps - s.at for s in q.running.values()] + [0.0])
+        limit = np.array([r.sampling.max_new_tokens for r in rest]) - made
+        alive = self.lengths.survival([r.problem for r in rest], made, AHEAD)
         nodes = set(path).union(*(s.path for s in q.running.values()))
-        made = [q.steps - s.at + self.BLOCK for s in q.running.values()]
-        left = [self._remaining(q, s) for s in q.running.values()]
-        growth = peak_tokens([*made, self.BLOCK], [*left, self.lengths.predict(request.problem)])
-        return sum(self._node_tokens[k] for k in nodes) + growth <= self.cache_tokens
+        prompts = sum(self._node_tokens[k] for k in nodes)
+        return prompts + peak_tokens(alive, made + self.BLOCK, limit) <= self.cache_tokens
 
-    def _remaining(self, q: Queue, s: Started) -> float:
-        return self.lengths.remaining(s.request.problem, q.steps - s.at, s.request.sampling.max_new_tokens)
+    def _left(self, q: Queue) -> list[float]:
+        """Tokens that each running response is expected to make yet."""
+        if not q.running:
+            return []
+        made = np.array([float(q.steps - s.at) for s in q.running.values()])
+        limit = np.array([s.request.sampling.max_new_tokens for s in q.running.values()]) - made
+        alive = self.lengths.survival([s.request.problem for s in q.running.values()], made, AHEAD)
+        gaps = np.diff(np.minimum(AHEAD, limit[:, None]), prepend=0.0, axis=1)
+        return (alive * gaps).sum(1).tolist()
+
+
+def _last(waiting: deque[tuple[Request, tuple[int, ...]]]) -> int:
+    """Index of the last request of the most urgent class."""
+    return sum(r.priority == waiting[0][0].priority for r, _ in waiting) - 1
 
 
 class Scheduler:

@@ -5,16 +5,18 @@ Data in, data out; `dispatch.py` keeps the queues and `benchmarks/rollouts.py` s
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fst_fast.prefix_tree import Ragged, Trie, trie
+from fst_fast.prefix_tree import Ragged, trie
 from fst_fast.rollout.engine import Request
 
 PREFILL = 0.2  # time of a prefilled token in decoded tokens (Qwen3-8B on an H100 at a batch of 64: .03 against .16 ms)
+SIGMAS = 3.0  # of safety at admission: least makespan in benchmarks/rollouts.py; 0 pre-empts as much as no admission
 FILLER = 1 << 20  # priority of GEPA's evaluations: behind the requests of every step, whose priority is its number
 
 
@@ -55,54 +57,40 @@ def plan(
     """
     sequences = prompts if isinstance(prompts, Ragged) else Ragged.of(prompts)
     tree = trie(sequences)
-    lengths = None if predicted is None else np.asarray(predicted, np.float64)
-    ranked = tree.order if lengths is None else _by_length(tree, lengths, cache_tokens)
+    lengths = np.zeros(len(sequences)) if predicted is None else np.asarray(predicted, np.float64)
+    deep = tree.order if predicted is None else tree.by_cost(lengths)
     classes = np.asarray(priority, np.int64)
-    ranked = ranked[np.argsort(classes[ranked], kind="stable")]
-    members: dict[tuple[int, int], list[int]] = {}  # (class, leaf); the first request puts a unit into its place
-    for i, c, leaf in zip(ranked.tolist(), classes[ranked].tolist(), tree.leaf[ranked].tolist(), strict=True):
+    members: dict[tuple[int, int], list[int]] = {}
+    for i, c, leaf in zip(deep.tolist(), classes[deep].tolist(), tree.leaf[deep].tolist(), strict=True):
         members.setdefault((c, leaf), []).append(i)
-    parent = tree.parent.tolist()
     paths: dict[int, tuple[int, ...]] = {-1: ()}
-    for k, above in enumerate(parent):
+    for k, above in enumerate(tree.parent.tolist()):
         paths[k] = (*paths[above], k)
-    total = np.zeros(len(sequences)) if lengths is None else lengths
-    return Plan(
-        [Unit(tuple(m), paths[leaf], c, float(total[m].sum())) for (c, leaf), m in members.items()],
-        (tree.end - tree.start).tolist(),
-    )
+    each = lengths.tolist()
+    units = [Unit(tuple(m), paths[leaf], c, sum(each[i] for i in m)) for (c, leaf), m in members.items()]
+    found = Plan(units, (tree.end - tree.start).tolist())
+    if predicted is not None:
+        longest = Plan(sorted(units, key=lambda u: -u.predicted / len(u.requests)), found.node_tokens)
+        if prefill_tokens(longest, cache_tokens) <= 1.01 * prefill_tokens(found, cache_tokens):
+            found = longest
+    return Plan(sorted(found.units, key=lambda u: u.priority), found.node_tokens)
 
 
-def _by_length(tree: Trie, predicted: np.ndarray, cache_tokens: int) -> np.ndarray:
-    """Requests longest first, if the cache bears it, else depth-first."""
-    deep = tree.by_cost(predicted)
-    longest = deep[np.argsort(-predicted[deep], kind="stable")]
-    cost = [prefill_tokens(tree, ranked, cache_tokens, predicted) for ranked in (longest, deep)]
-    return longest if cost[0] <= 1.01 * cost[1] else deep
-
-
-def prefill_tokens(tree: Trie, ranked: np.ndarray, cache_tokens: int, responses: np.ndarray | None = None) -> int:
-    """Prompt tokens computed when requests are served in the order `ranked` by an engine whose cache holds
-    `cache_tokens`, drops what was used longest ago, and must hold each response (float [n], tokens) too."""
-    parent, tokens = tree.parent.tolist(), (tree.end - tree.start).tolist()
-    cache: OrderedDict[int, float] = OrderedDict()  # trie node, or a negative number: a response
+def prefill_tokens(plan: Plan, cache_tokens: int) -> int:
+    """Prompt tokens computed when the units are served one after the other by a cache of `cache_tokens` that drops what
+    was used longest ago, and has to hold the responses too."""
+    cache: OrderedDict[int, float] = OrderedDict()  # tokens of trie nodes and, under negative numbers, of responses
     held, computed = 0.0, 0
-    for i in ranked.tolist():
-        node, path = int(tree.leaf[i]), []
-        while node >= 0:
-            path.append(node)
-            node = parent[node]
-        for node in path:  # the tail first: it will be dropped before the heads
+    for u, unit in enumerate(plan.units):
+        for node in reversed(unit.path):  # the tail first: it is dropped before the heads
             if node in cache:
                 cache.move_to_end(node)
             else:
-                computed += tokens[node]
-                cache[node] = tokens[node]
-                held += tokens[node]
-        if responses is not None:
-            cache[~i] = float(responses[i])
-            cache.move_to_end(~i, last=True)
-            held += cache[~i]
+                computed += plan.node_tokens[node]
+                held += plan.node_tokens[node]
+                cache[node] = plan.node_tokens[node]
+        cache[~u] = unit.predicted
+        held += unit.predicted
         while held > cache_tokens and cache:
             held -= cache.popitem(last=False)[1]
     return computed
@@ -136,41 +124,73 @@ def place(plan: Plan, loads: Sequence[float]) -> list[int]:
     return chosen
 
 
-def peak_tokens(current: Sequence[float], remaining: Sequence[float]) -> float:
-    """The most KV tokens that sequences hold at once, each growing by one a step from `current` by `remaining` and
-    then letting go."""
-    if not len(current):
-        return 0.0
-    held, left = np.asarray(current, np.float64), np.asarray(remaining, np.float64)
-    last = np.argsort(-left)  # just before one ends, all with more left are there, grown by as much
-    grown = np.cumsum(held[last]) + left[last] * np.arange(1, len(last) + 1)
-    return float(grown.max())
-
-
 class LengthPredictor:
-    """Response length by problem, from siblings that have finished and from earlier steps; the mean of all where there
-    are none. Recent responses count more: lengths drift while the policy learns."""
+    """Response lengths by problem, lognormal: from siblings that have finished and from earlier steps, drawn towards the
+    mean of all problems. Recent responses count more: lengths drift while the policy learns."""
 
-    PRIOR = 2.0  # how many responses of the problem itself weigh as much as the mean of all
+    PRIOR = 2.0  # how many responses of the problem itself weigh as much as those of all
 
-    def __init__(self, first_guess: float = 1.0) -> None:
-        self._all = (first_guess * 1e-3, 1e-3)  # sum of lengths, sum of weights
-        self._by_problem: dict[str, tuple[float, float]] = {}
+    def __init__(self, guess: int = 256) -> None:
+        self._all = Recent(0.999, 1e-3 * math.log(guess), 1e-3)
+        self._square = Recent(0.999, 1.0, 1.0)  # of the error of a prediction, in the logarithm
+        self._by_problem: dict[str, Recent] = {}
 
     def observe(self, problem: str, tokens: int) -> None:
         """One finished response of `tokens` tokens."""
-        total, weight = self._all
-        self._all = (0.999 * total + tokens, 0.999 * weight + 1)
-        total, weight = self._by_problem.get(problem, (0.0, 0.0))
-        self._by_problem[problem] = (0.9 * total + tokens, 0.9 * weight + 1)
+        log = math.log(max(1, tokens))
+        self._square.add((log - self._log(problem)) ** 2)
+        self._all.add(log)
+        self._by_problem.setdefault(problem, Recent(0.9)).add(log)
 
-    def predict(self, problem: str) -> float:
+    def expected(self, problem: str) -> float:
         """Tokens of a response that has not begun."""
-        prior = self._all[0] / self._all[1]
-        total, weight = self._by_problem.get(problem, (0.0, 0.0))
-        return (total + self.PRIOR * prior) / (weight + self.PRIOR)
+        return math.exp(self._log(problem) + self._square.mean / 2)
 
-    def remaining(self, problem: str, so_far: int, limit: int) -> float:
-        """Tokens still to come of one that has `so_far`. One that outlived its prediction is expected to go on for
-        half as long again: lengths have heavy tails."""
-        return min(max(self.predict(problem) - so_far, so_far / 2), limit - so_far)
+    def survival(self, problems: Sequence[str], so_far: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+        """float [n, t]: the chance that a response of each problem that has `so_far` [n] tokens gets more than `ahead`
+        [t] others."""
+        middle = np.array([self._log(p) for p in problems])[:, None]
+        steep = 1.702 / self._square.mean**0.5  # the logistic curve nearest to the normal one
+
+        def log_beyond(tokens: np.ndarray) -> np.ndarray:
+            return -np.logaddexp(0.0, steep * (np.log(np.maximum(tokens, 1.0)) - middle))
+
+        return np.exp(log_beyond(so_far[:, None] + ahead[None, :]) - log_beyond(so_far[:, None]))
+
+    def _log(self, problem: str) -> float:
+        known = self._by_problem.get(problem)
+        if known is None:
+            return self._all.mean
+        return (known.total + self.PRIOR * self._all.mean) / (known.weight + self.PRIOR)
+
+
+@dataclass(slots=True)
+class Recent:
+    """A mean in which every new value makes the earlier ones count `keep` times."""
+
+    keep: float
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.total, self.weight = self.keep * self.total + value, self.keep * self.weight + 1
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.weight
+
+
+# Decode steps ahead at which the cache is looked at: dense where short responses end.
+AHEAD = np.unique(np.geomspace(1, 1 << 17, 48).astype(np.int64)).astype(np.float64)
+
+
+def peak_tokens(survival: np.ndarray, held: np.ndarray, limit: np.ndarray) -> float:
+    """The most KV tokens that running sequences are expected to hold at once, with two standard deviations.
+
+    `survival` [n, len(AHEAD)] is the chance that each still runs after so many steps, `held` [n] its tokens now, `limit`
+    [n] the steps it can make at most.
+    """
+    size = (held[:, None] + AHEAD) * (AHEAD <= limit[:, None])
+    mean = (survival * size).sum(0)
+    spread = np.sqrt((survival * (1 - survival) * size**2).sum(0))
+    return float((mean + SIGMAS * spread).max())
