@@ -26,7 +26,7 @@ Order = Literal["random", "problem-major", "prompt-major", "planned"]
 
 @dataclass(frozen=True)
 class Hardware:
-    """Seconds of one engine: a decode iteration takes iteration + per_sequence · batch + per_kv_token · KV tokens read."""
+    """Seconds: a decode iteration takes iteration + per_sequence · batch + per_kv_token · KV tokens read."""
 
     iteration: float
     per_sequence: float
@@ -36,7 +36,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Response lengths: lognormal, cut at `limit`; `problem_share` of the variance of the logarithm is the problem's."""
+    """Lognormal response lengths, cut at `limit`; of the logarithm's variance `problem_share` is the problem's."""
 
     mean: float
     sigma: float

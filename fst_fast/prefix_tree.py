@@ -127,7 +127,8 @@ def trie(sequences: Ragged) -> Trie:
     pointers = [array.ctypes.data for array in (*given, *out)]
     count = library.fst_prefix_tree(*pointers[:3], n, *pointers[3:])
     first[count] = n
-    return Trie(*(a[:count].copy() for a in (parent, start, end, size)), first[: count + 1].copy(), leaf, order)
+    parent, start, end, size = (a[:count].copy() for a in (parent, start, end, size))
+    return Trie(parent, start, end, size, first[: count + 1].copy(), leaf, order)
 
 
 def trie_python(sequences: Ragged) -> Trie:
@@ -164,8 +165,9 @@ def trie_python(sequences: Ragged) -> Trie:
     for k in range(len(parent) - 1, -1, -1):
         if parent[k] >= 0:
             size[parent[k]] += size[k]
-    columns = (parent, start, end, size, [*first, len(given)], leaf, order)
-    return Trie(*(np.array(column, np.int64) for column in columns))
+    first.append(len(given))
+    int64 = [np.array(column, np.int64) for column in (parent, start, end, size, first, leaf, order)]
+    return Trie(*int64)
 
 
 @dataclass(slots=True)

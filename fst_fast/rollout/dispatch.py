@@ -1,4 +1,4 @@
-"""Several rollout engines as one: requests are queued here, planned, and handed to an engine when its cache has room."""
+"""Several rollout engines as one: requests are queued, planned, and handed to an engine when its cache has room."""
 
 from __future__ import annotations
 
@@ -181,10 +181,13 @@ class Scheduler:
     def __init__(self, engines: Sequence[RolloutEngine], *, cache_tokens: int | None = None, lookahead: int = 0):
         self.engines, self.lookahead = list(engines), lookahead
         self.name = self.engines[0].name
-        self.policy_version = self.engines[0].policy_version
         self.dispatcher = Dispatcher(len(self.engines), cache_tokens=cache_tokens)
         self._begun: dict[int, Completion] = {}  # tokens of interrupted responses, by request
         self._given: dict[int, Request] = {}  # as submitted
+
+    @property
+    def policy_version(self) -> int:
+        return self.engines[0].policy_version
 
     @property
     def busy(self) -> bool:
@@ -238,7 +241,6 @@ class Scheduler:
         begun = [self._whole(c) for engine in self.engines for c in engine.abort(under_way)]
         for engine in self.engines:
             engine.load_weights(model, version)
-        self.policy_version = version
         self._begun |= {c.id: c for c in begun}
         if begun:
             self.dispatcher.submit([_rest(self._given[c.id], c, version) for c in begun])

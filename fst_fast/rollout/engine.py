@@ -48,8 +48,14 @@ class EngineStats:
 
 class RolloutEngine(Protocol):
     name: str
-    policy_version: int
-    stats: EngineStats
+
+    @property
+    def policy_version(self) -> int:
+        """Of the weights that are sampled from."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats: ...
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests. A prompt that leaves no room in the context raises ValueError before any work."""

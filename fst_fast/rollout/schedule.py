@@ -125,8 +125,8 @@ def place(plan: Plan, loads: Sequence[float]) -> list[int]:
 
 
 class LengthPredictor:
-    """Response lengths by problem, lognormal: from siblings that have finished and from earlier steps, drawn towards the
-    mean of all problems. Recent responses count more: lengths drift while the policy learns."""
+    """Response lengths by problem, lognormal: from siblings that have finished and from earlier steps, drawn towards
+    the mean of all problems. Recent responses count more: lengths drift while the policy learns."""
 
     PRIOR = 2.0  # how many responses of the problem itself weigh as much as those of all
 
@@ -185,12 +185,12 @@ AHEAD = np.unique(np.geomspace(1, 1 << 17, 48).astype(np.int64)).astype(np.float
 
 
 def peak_tokens(survival: np.ndarray, held: np.ndarray, limit: np.ndarray) -> float:
-    """The most KV tokens that running sequences are expected to hold at once, with two standard deviations.
+    """The most KV tokens that running sequences are expected to hold at once, with SIGMAS standard deviations.
 
-    `survival` [n, len(AHEAD)] is the chance that each still runs after so many steps, `held` [n] its tokens now, `limit`
-    [n] the steps it can make at most.
+    `survival` [n, len(AHEAD)] is the chance that each still runs after so many steps, `held` [n] its tokens now,
+    `limit` [n] the steps it can make at most.
     """
-    size = (held[:, None] + AHEAD) * (AHEAD <= limit[:, None])
+    size = (held[:, None] + AHEAD) * (limit[:, None] >= AHEAD)
     mean = (survival * size).sum(0)
     spread = np.sqrt((survival * (1 - survival) * size**2).sum(0))
     return float((mean + SIGMAS * spread).max())
