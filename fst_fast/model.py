@@ -114,12 +114,13 @@ class Model:
         missing = self._text(head[same:])
         for end in range(same, len(ids) + 1):
             melted = self._text(ids[same:end])
-            if melted.startswith(missing):
+            whole = melted.rstrip("\ufffd")  # what the first bytes of a character are decoded to
+            if not (whole.startswith(missing) or missing.startswith(whole)):
+                break
+            if len(missing) <= len(whole) == len(melted):
                 respelled = (*head, *self._plain(melted[len(missing) :]))
                 if self._text(respelled[same:]) == melted:
                     return (*respelled, *ids[end:])
-            elif not missing.startswith(melted.rstrip("\ufffd")):  # the bytes of half a character
-                break
         return ids
 
     def _plain(self, text: str) -> tuple[int, ...]:

@@ -78,19 +78,19 @@ def plan(
 
 def prefill_tokens(plan: Plan, cache_tokens: int) -> int:
     """Prompt tokens computed when the units are served one after the other by a cache of `cache_tokens` that drops what
-    was used longest ago, and has to hold the responses too."""
+    was used longest ago, of one request its response first and then its prompt from the tail."""
     cache: OrderedDict[int, float] = OrderedDict()  # tokens of trie nodes and, under negative numbers, of responses
     held, computed = 0.0, 0
     for u, unit in enumerate(plan.units):
-        for node in reversed(unit.path):  # the tail first: it is dropped before the heads
+        cache[~u] = unit.predicted
+        held += unit.predicted
+        for node in reversed(unit.path):
             if node in cache:
                 cache.move_to_end(node)
             else:
                 computed += plan.node_tokens[node]
                 held += plan.node_tokens[node]
                 cache[node] = plan.node_tokens[node]
-        cache[~u] = unit.predicted
-        held += unit.predicted
         while held > cache_tokens and cache:
             held -= cache.popitem(last=False)[1]
     return computed
