@@ -97,7 +97,7 @@ POLICIES = (
 
 
 @dataclass
-class Sequence_:
+class Job:
     """One request in an engine."""
 
     id: int
@@ -206,8 +206,8 @@ class Engine:
         self.workload, self.result = workload, result
         self.cache = BlockCache(workload.cache_blocks)
         self.clock = 0.0
-        self.running: list[Sequence_] = []
-        self.waiting: deque[Sequence_] = deque()
+        self.running: list[Job] = []
+        self.waiting: deque[Job] = deque()
         self._next: tuple[float, int] | None = None  # time and iterations of the next event, while known
 
     def admit(self) -> None:
@@ -253,7 +253,7 @@ class Engine:
             self._next = (self.clock + self._seconds(steps), steps)
         return self._next
 
-    def advance(self, steps: int) -> list[Sequence_]:
+    def advance(self, steps: int) -> list[Job]:
         """Decode `steps` iterations; the sequences that are complete. Without blocks for one more, the last to come
         goes back to the queue."""
         size = self.workload.block_size
@@ -301,12 +301,12 @@ class Engine:
         self.cache.forget()
         self._next = None
 
-    def _stop(self, s: Sequence_) -> None:
+    def _stop(self, s: Job) -> None:
         self.cache.give(s.blocks)
         s.blocks = []
         self._next = None
 
-    def _name(self, s: Sequence_, first: int) -> None:
+    def _name(self, s: Job, first: int) -> None:
         for i in range(first, s.tokens // self.workload.block_size):
             if i == len(s.keys):
                 s.keys.append((s.id, i))
@@ -338,7 +338,7 @@ class Simulation:
         self.engines = [Engine(workload, self.result) for _ in range(workload.engines)]
         tokens = workload.cache_blocks * workload.block_size if policy.admission else None
         self.dispatcher = Dispatcher(workload.engines, cache_tokens=tokens, max_running=workload.max_running)
-        self.sequences: dict[int, Sequence_] = {}
+        self.sequences: dict[int, Job] = {}
         self.unfinished: Counter[int] = Counter()  # by step
         self.submitted = 0
 
@@ -409,14 +409,14 @@ class Simulation:
             [Request(s.id, s.prompt, limit, 0, priority=step, problem=problems[s.id][1]) for s in sequences]
         )
 
-    def _deal(self, ordered: list[Sequence_]) -> None:
+    def _deal(self, ordered: list[Job]) -> None:
         """Equal parts of the order to every engine, as a data-parallel batch is split."""
         share = -(-len(ordered) // len(self.engines))
         for i, engine in enumerate(self.engines):
             engine.waiting.extend(ordered[i * share : (i + 1) * share])
 
 
-def make_step(workload: Workload, step: int, seed: int) -> tuple[list[Sequence_], dict[int, tuple[int, str]]]:
+def make_step(workload: Workload, step: int, seed: int) -> tuple[list[Job], dict[int, tuple[int, str]]]:
     """The step's sequences, and the prompt's number and the problem's name of each."""
     w, rng = workload, np.random.default_rng([seed, step, 1])
     effect = problem_effects(w, step, seed)
@@ -438,7 +438,7 @@ def make_step(workload: Workload, step: int, seed: int) -> tuple[list[Sequence_]
                 keys: list[Hashable] = [("head", head[0], i) if i < head[1] else (step, k, p, i) for i in range(count)]
                 whole[k, p] = ids, keys
             ids, keys = whole[k, p]
-            s = Sequence_(first + p * w.group + g, step, ids, int(lengths[p, g]), list(keys))
+            s = Job(first + p * w.group + g, step, ids, int(lengths[p, g]), list(keys))
             out.append(s)
             names[s.id] = (k, f"{step}:{p}")
     return out, names
@@ -462,16 +462,14 @@ def known_lengths(w: Workload, step: int, seed: int) -> dict[str, list[int]]:
     return {f"{step}:{p}": row for p, row in enumerate(lengths.tolist())}
 
 
-def reused(sequences: list[Sequence_], fraction: float) -> list[Sequence_]:
+def reused(sequences: list[Job], fraction: float) -> list[Job]:
     """What is left to sample when the store gives that part, spread evenly over problems and prompts."""
     rng = random.Random(len(sequences))
     gone = set(rng.sample(range(len(sequences)), round(fraction * len(sequences))))
     return [s for i, s in enumerate(sequences) if i not in gone]
 
 
-def dealt(
-    sequences: list[Sequence_], names: dict[int, tuple[int, str]], order: Order, rng: random.Random
-) -> list[Sequence_]:
+def dealt(sequences: list[Job], names: dict[int, tuple[int, str]], order: Order, rng: random.Random) -> list[Job]:
     """Without a plan: as the batch comes (problem by problem), prompt by prompt, or shuffled."""
     if order == "random":
         return rng.sample(sequences, len(sequences))
@@ -480,7 +478,7 @@ def dealt(
     return sequences
 
 
-def optimum(sequences: list[Sequence_], block: int) -> int:
+def optimum(sequences: list[Job], block: int) -> int:
     """Prompt tokens to compute when each distinct full block is computed once and never lost. The last token of a
     prompt is always computed: its hidden state is what the first response token is sampled from."""
     full = {key for s in sequences for key in s.keys[: (len(s.prompt) - 1) // block]}

@@ -32,7 +32,7 @@ class Ragged:
         ids = np.empty(int(lengths.sum()), np.int32)
         starts = np.cumsum(lengths) - lengths
         for s, start in zip(unique, starts.tolist(), strict=True):
-            ids[start : start + len(s)] = s
+            ids[start : start + len(s)] = np.fromiter(s, np.int32, len(s))
         return Ragged(ids, starts[place], lengths[place])
 
     def __len__(self) -> int:

@@ -71,9 +71,9 @@ def test_many_children_and_many_equal_sequences_grow_the_tables() -> None:
     assert columns(trie(Ragged.of(given))) == columns(trie_python(Ragged.of(given)))
 
 
-@given(with_empty, st.randoms(use_true_random=False))
+@given(with_empty)
 @settings(max_examples=200, deadline=None)
-def test_a_subtree_holds_the_sequences_that_begin_with_its_tokens(given: list[tuple[int, ...]], rng: object) -> None:
+def test_a_subtree_holds_the_sequences_that_begin_with_its_tokens(given: list[tuple[int, ...]]) -> None:
     tree = trie(Ragged.of(given))
     for k in range(len(tree)):
         inside = tree.order[tree.first[k] : tree.first[k + tree.size[k]]].tolist()
@@ -84,7 +84,9 @@ def test_a_subtree_holds_the_sequences_that_begin_with_its_tokens(given: list[tu
         assert tree.subtree_sequences[k] == len(inside)
 
 
-@given(with_empty.flatmap(lambda s: st.tuples(st.just(s), st.lists(st.integers(0, 9), min_size=len(s), max_size=len(s)))))
+@given(
+    with_empty.flatmap(lambda s: st.tuples(st.just(s), st.lists(st.integers(0, 9), min_size=len(s), max_size=len(s))))
+)
 @settings(max_examples=300, deadline=None)
 def test_the_cost_order_is_depth_first_with_the_costliest_branch_first(
     drawn: tuple[list[tuple[int, ...]], list[int]],
@@ -109,7 +111,8 @@ def test_shared_storage_gives_what_copies_give_and_is_not_read_again() -> None:
     one, other = tuple(range(50)), (*range(30), 99)
     shared = Ragged.of([one, other, one, one])
     assert len(shared.ids) == len(one) + len(other)
-    copies = Ragged.of([one, other, tuple(list(one)), tuple(list(one))])
+    copies = Ragged.of([one, other, (*one[:-1], one[-1]), (*one[:-1], one[-1])])
+    assert len(copies.ids) == 3 * len(one) + len(other)
     assert columns(trie(shared)) == columns(trie(copies))
     overlapping = Ragged(np.arange(50, dtype=np.int32), np.array([0, 0, 10]), np.array([50, 20, 5]))
     assert columns(trie(overlapping)) == columns(trie_python(overlapping))

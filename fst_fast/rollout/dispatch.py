@@ -114,11 +114,10 @@ class Dispatcher:
         """Every running request of the engine has made `steps` more tokens."""
         self.queues[engine].steps += steps
 
-    def finish(self, id: int, tokens: int) -> Request:
+    def finish(self, id: int, tokens: int) -> None:
         """The response of request `id` is complete."""
-        request = self.queues[self._where.pop(id)].running.pop(id)
-        self.lengths.observe(request.request.problem, tokens)
-        return request.request
+        ended = self.queues[self._where.pop(id)].running.pop(id)
+        self.lengths.observe(ended.request.problem, tokens)
 
     def cancel(self, ids: Iterable[int]) -> list[Request]:
         """Forget these requests; those that were still waiting."""

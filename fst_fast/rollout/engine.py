@@ -18,7 +18,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     seed: int
-    priority: int = 0  # lower first
+    priority: int = 0  # lower first: the number of the step it is for, or schedule.FILLER
     policy_version: int | None = None  # the weights it is for; None = those the engine holds when it starts
     problem: str = ""  # whose responses are of similar length
 

@@ -8,7 +8,7 @@ import torch
 
 from fst_fast.model import Model
 from fst_fast.records import SamplingParams
-from fst_fast.rollout.dispatch import Dispatcher, Scheduler
+from fst_fast.rollout.dispatch import Dispatcher, Scheduler, _rest
 from fst_fast.rollout.engine import Completion, Request
 from fst_fast.rollout.schedule import FILLER, order
 from fst_fast.rollout.torch_engine import TorchEngine
@@ -124,6 +124,15 @@ def test_interrupted_by_new_weights_each_token_has_the_logprob_of_the_weights_th
     finally:
         restore(model, old_model)
     assert torch.equal(before[requests[0].id], exact_logprobs(model, requests[0], (5,) * 20))
+
+
+def test_what_is_left_of_a_request_has_draws_of_its_own() -> None:
+    requests = [asked(i) for i in range(50)]
+    begun = [Completion(r.id, (5, 6), (-1.0, -1.0), 0, "aborted") for r in requests]
+    seeds = {_rest(r, c, v).seed for r, c in zip(requests, begun, strict=True) for v in (1, 2)}
+    assert len(seeds | {r.seed for r in requests}) == 150
+    untouched = Completion(0, (), (), 0, "aborted")
+    assert _rest(requests[0], untouched, 1) == requests[0]
 
 
 def restore(model: Model, weights: list[torch.Tensor]) -> None:
