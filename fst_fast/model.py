@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from fst_fast.tasks.task import Message
 
 GLYPH_BASE = Path(__file__).parent / "assets" / "glyph-base"
+PROBES = ("a", "Z", "7", "(", "é")  # contents that begin differently
+MAX_HEADS = 1024
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -55,6 +58,7 @@ class Model:
             )
         self._folds_system = False
         self._template_kwargs = template_kwargs or {}
+        self._heads: dict[tuple[tuple[str, str], ...], tuple[int, ...]] = {}  # ids up to the last message's content
         self._sanitizes = "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters
         self._check_head()
 
@@ -83,8 +87,49 @@ class Model:
 
         Contents are data: lone surrogates are replaced, and special tokens written in them stay plain text (where
         transformers is new enough to know how). An empty system prompt is none; a template without a system role
-        (Gemma 2) gets it at the head of the user's message.
+        (Gemma 2) gets it at the head of the user's message. What comes before the last message's content has the same
+        ids whatever that content is, so that requests under one system prompt share its KV blocks: a token that would
+        reach over this seam is split there.
         """
+        ids = self._apply_template(messages)
+        key = tuple((m["role"], m["content"]) for m in messages[:-1])
+        if key not in self._heads:
+            if len(self._heads) == MAX_HEADS:
+                self._heads.clear()
+            self._heads[key] = self._head(messages)
+        return self._with_head(self._heads[key], ids)
+
+    def _head(self, messages: list[Message]) -> tuple[int, ...]:
+        """Ids of the chat up to its last content: those that chats with other contents have in common, and what is left
+        of the text. A space at the seam goes with the content, where tokenizers are used to it."""
+        probes = [self._apply_template([*messages[:-1], messages[-1] | {"content": c}]) for c in PROBES]
+        head = probes[0][: min(_common(probes[0], p) for p in probes)]
+        texts = [self._text(p[len(head) :]) for p in probes]
+        left = texts[0][: min(_common(texts[0], t) for t in texts)].rstrip(" ")
+        return (*head, *self._plain(left))
+
+    def _with_head(self, head: tuple[int, ...], ids: tuple[int, ...]) -> tuple[int, ...]:
+        """`ids` with the tokens `head` at its beginning, spelled as the same text; `ids` where that cannot be."""
+        same = _common(head, ids)
+        missing = self._text(head[same:])
+        for end in range(same, len(ids) + 1):
+            melted = self._text(ids[same:end])
+            whole = melted.rstrip("\ufffd")  # what the first bytes of a character are decoded to
+            if not (whole.startswith(missing) or missing.startswith(whole)):
+                break
+            if len(missing) <= len(whole) == len(melted):
+                respelled = (*head, *self._plain(melted[len(missing) :]))
+                if self._text(respelled[same:]) == melted:
+                    return (*respelled, *ids[end:])
+        return ids
+
+    def _plain(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) if text else ()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _apply_template(self, messages: list[Message]) -> tuple[int, ...]:
         clean = [m | {"content": m["content"].encode("utf-8", "replace").decode()} for m in messages]
         clean = [m for m in clean if m["role"] != "system" or m["content"]]
         if self._folds_system and clean[0]["role"] == "system":
@@ -181,6 +226,11 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
     model = Model(lm, tokenizer, str(folder), template_kwargs=kwargs)
     model.check_template()
     return model
+
+
+def _common(a: Sequence[object], b: Sequence[object]) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,165 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Token sequences in one array: number i is ids[starts[i] : starts[i] + lengths[i]]. Equal ones may share storage,
+    and are then not read twice."""
+
+    ids: np.ndarray  # int32 [tokens]
+    starts: np.ndarray  # int64 [n]
+    lengths: np.ndarray  # int64 [n]
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]]) -> Ragged:
+        """From Python sequences; one object that comes several times is stored once."""
+        stored: dict[int, int] = {}  # id of an object -> its place in `unique`
+        place = [stored.setdefault(id(s), len(stored)) for s in sequences]
+        unique: list[Sequence[int]] = [()] * len(stored)
+        for s, i in zip(sequences, place, strict=True):
+            unique[i] = s
+        lengths = np.fromiter(map(len, unique), np.int64, len(unique))
+        ids = np.empty(int(lengths.sum()), np.int32)
+        starts = np.cumsum(lengths) - lengths
+        for s, start in zip(unique, starts.tolist(), strict=True):
+            ids[start : start + len(s)] = np.fromiter(s, np.int32, len(s))
+        return Ragged(ids, starts[place], lengths[place])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.ids[self.starts[i] : self.starts[i] + self.lengths[i]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trie:
+    """Radix trie as arrays over its nodes, depth-first (parents before children, children by their first token).
+
+    Node k holds the tokens [start[k], end[k]) of every sequence that passes it; its subtree is the nodes
+    [k, k + size[k]), its sequences are order[first[k] : first[k + size[k]]].
+    """
+
+    parent: np.ndarray  # int64 [nodes]; -1 = top level
+    start: np.ndarray  # int64 [nodes]
+    end: np.ndarray  # int64 [nodes]
+    size: np.ndarray  # int64 [nodes]
+    first: np.ndarray  # int64 [nodes + 1]
+    leaf: np.ndarray  # int64 [n]: the node at which each sequence ends; -1 for an empty one
+    order: np.ndarray  # int64 [n]: sequences depth-first, siblings adjacent, equal ones by index
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to compute when every shared prefix is computed once."""
+        return int((self.end - self.start).sum())
+
+    @property
+    def subtree_tokens(self) -> np.ndarray:
+        """int64 [nodes]: tokens of each node and all below it."""
+        total = np.concatenate([[0], np.cumsum(self.end - self.start)])
+        return total[np.arange(len(self)) + self.size] - total[:-1]
+
+    @property
+    def subtree_sequences(self) -> np.ndarray:
+        """int64 [nodes]: sequences that end at each node or below it."""
+        return self.first[np.arange(len(self)) + self.size] - self.first[:-1]
+
+    def by_cost(self, cost: np.ndarray) -> np.ndarray:
+        """int64 [n]: depth-first, but of siblings the one with the costliest sequence below it first.
+
+        `cost` is float [n], one per sequence; ties keep the order of tokens.
+        """
+        empty = int(self.first[0]) if len(self) else len(self.order)  # empty sequences hang on no node
+        steps: list[list[tuple[float, int]]] = [[] for _ in range(len(self) + 1)]  # [-1] is the root's
+        ordered = cost[self.order]
+        at = self.leaf[self.order]
+        for rank in range(empty, len(ordered)):
+            steps[at[rank]].append((-float(ordered[rank]), rank - len(ordered)))  # negative: a sequence
+        for k in range(len(self) - 1, -1, -1):
+            steps[k].sort(key=lambda step: step[0])
+            steps[self.parent[k]].append((steps[k][0][0], k))
+        steps[-1].reverse()
+        steps[-1].sort(key=lambda step: step[0])
+        out, stack = [], [step for _, step in reversed(steps[-1])]
+        while stack:
+            step = stack.pop()
+            if step < 0:
+                out.append(self.order[step + len(ordered)])
+            else:
+                stack.extend(below for _, below in reversed(steps[step]))
+        return np.concatenate([self.order[:empty], np.array(out, np.int64)])
+
+
+def trie(sequences: Ragged) -> Trie:
+    """The radix trie of `sequences`. Raises ValueError when one reaches outside `ids`."""
+    inside = (sequences.starts >= 0) & (sequences.lengths >= 0)
+    inside &= sequences.starts + sequences.lengths <= len(sequences.ids)
+    if not inside.all():
+        i = int(np.flatnonzero(~inside)[0])
+        raise ValueError(
+            f"sequence {i} is [{sequences.starts[i]}, {sequences.starts[i]} + {sequences.lengths[i]}) of "
+            f"{len(sequences.ids)} token ids; starts and lengths must lie inside"
+        )
+    library = _csrc()
+    if library is None:
+        return trie_python(sequences)
+    n = len(sequences)
+    given = [
+        np.ascontiguousarray(array, dtype)
+        for array, dtype in ((sequences.ids, np.int32), (sequences.starts, np.int64), (sequences.lengths, np.int64))
+    ]
+    parent, start, end, size, first = (np.empty(2 * n + 1, np.int64) for _ in range(5))
+    leaf, order = np.empty(n, np.int64), np.empty(n, np.int64)
+    out = [parent, start, end, size, first, leaf, order]
+    pointers = [array.ctypes.data for array in (*given, *out)]
+    count = library.fst_prefix_tree(*pointers[:3], n, *pointers[3:])
+    first[count] = n
+    parent, start, end, size = (a[:count].copy() for a in (parent, start, end, size))
+    return Trie(parent, start, end, size, first[: count + 1].copy(), leaf, order)
+
+
+def trie_python(sequences: Ragged) -> Trie:
+    """The same in Python, by sorting: oracle of the tests, and the fallback where csrc was not built."""
+    given = [tuple(sequences[i].tolist()) for i in range(len(sequences))]
+    order = sorted(range(len(given)), key=lambda i: given[i])  # stable: equal ones by index
+    parent: list[int] = []
+    start: list[int] = []
+    end: list[int] = []
+    first: list[int] = []
+    leaf = [-1] * len(given)
+
+    def grow(low: int, high: int, depth: int, above: int) -> None:
+        """Nodes for order[low:high], which all go on after their first `depth` tokens, those of `above`."""
+        while low < high:
+            a, stop = given[order[low]], low + 1
+            while stop < high and given[order[stop]][depth] == a[depth]:
+                stop += 1
+            b = given[order[stop - 1]]  # sorted: what the first and the last share, all share
+            common = next((k for k in range(depth, min(len(a), len(b))) if a[k] != b[k]), min(len(a), len(b)))
+            parent.append(above)
+            start.append(depth)
+            end.append(common)
+            first.append(low)
+            node = len(parent) - 1
+            while low < stop and len(given[order[low]]) == common:
+                leaf[order[low]] = node
+                low += 1
+            grow(low, stop, common, node)
+            low = stop
+
+    grow(sum(not s for s in given), len(given), 0, -1)
+    size = [1] * len(parent)
+    for k in range(len(parent) - 1, -1, -1):
+        if parent[k] >= 0:
+            size[parent[k]] += size[k]
+    first.append(len(given))
+    int64 = [np.array(column, np.int64) for column in (parent, start, end, size, first, leaf, order)]
+    return Trie(*int64)
+
+
 @dataclass(slots=True)
 class Node:
     """Tokens [start, end) of sequence `sequence` (any one that passes here), below `parent`."""
@@ -36,72 +195,25 @@ class PrefixTree:
 
 
 def build(sequences: Sequence[Sequence[int]], *, min_saving: int = 1) -> PrefixTree:
-    """Radix trie of token sequences. A shared stretch becomes a node of its own only where computing it once saves at
-    least `min_saving` tokens; a smaller one is computed again by each child (every level costs one forward pass)."""
-    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-    shared = common_prefixes([sequences[i] for i in order])
+    """Trie of non-empty token sequences for a prefill level by level. A shared stretch becomes a node of its own only
+    where computing it once saves at least `min_saving` tokens; a smaller one is computed again by each child (every
+    level costs one forward pass)."""
+    fine = trie(Ragged.of(sequences))
+    leaves: list[list[int]] = [[] for _ in range(len(fine))]
+    for i in fine.order.tolist():
+        leaves[fine.leaf[i]].append(i)
+    sharing = fine.subtree_sequences.tolist()
+    representative = fine.order[fine.first[:-1]].tolist()
     nodes: list[Node] = []
-
-    def grow(low: int, high: int, depth: int, parent: int) -> None:
-        """Nodes for order[low:high], which share their first `depth` tokens, already covered by `parent`."""
-        while low < high:
-            # the run of sequences that go on together after `depth`
-            end = low + 1
-            while end < high and shared[end] > depth:
-                end += 1
-            first = order[low]
-            if end == low + 1:
-                nodes.append(Node(first, depth, len(sequences[first]), parent, [first]))
-            else:
-                add_run(low, end, depth, parent)
-            low = end
-
-    def add_run(low: int, end: int, depth: int, parent: int) -> None:
-        common = min(shared[low + 1 : end])
-        first = order[low]
-        here = [i for i in order[low:end] if len(sequences[i]) == common]  # they sort first
-        children = end - low - len(here)
-        groups = children + bool(here)
-        if here or (common - depth) * (groups - 1) >= min_saving:
-            nodes.append(Node(first, depth, common, parent, here))
-            grow(low + len(here), end, common, len(nodes) - 1)
-            return
-        # not worth a level: split at the shared stretch but let each child compute it from `depth`
-        start = low
-        for i in range(low + 1, end + 1):
-            if i == end or shared[i] <= common:
-                if i - start == 1:
-                    nodes.append(Node(order[start], depth, len(sequences[order[start]]), parent, [order[start]]))
-                else:
-                    add_run(start, i, depth, parent)
-                start = i
-
-    grow(0, len(order), 0, -1)
-    return PrefixTree(nodes, order)
-
-
-def common_prefixes(ordered: Sequence[Sequence[int]]) -> list[int]:
-    """Length of the common prefix of each sequence with the one before it (0 for the first)."""
-    if not ordered:
-        return []
-    library = _csrc()
-    if library is None:
-        return common_prefixes_python(ordered)
-    lengths = np.fromiter((len(s) for s in ordered), dtype=np.int64, count=len(ordered))
-    flat = np.fromiter((t for s in ordered for t in s), dtype=np.int64, count=int(lengths.sum()))
-    out = np.empty(len(ordered), dtype=np.int64)
-    library.fst_common_prefixes(flat.ctypes.data, lengths.ctypes.data, len(ordered), out.ctypes.data)
-    return out.tolist()
-
-
-def common_prefixes_python(ordered: Sequence[Sequence[int]]) -> list[int]:
-    """The same in Python: oracle of the tests, and the fallback where csrc was not built."""
-    out = [0] * len(ordered)
-    for i in range(1, len(ordered)):
-        a, b = ordered[i - 1], ordered[i]
-        n = min(len(a), len(b))
-        out[i] = next((k for k in range(n) if a[k] != b[k]), n)
-    return out
+    kept: list[int] = []  # of each fine node: the coarse node that covers it or, if dissolved, its parent
+    for k, (parent, end) in enumerate(zip(fine.parent.tolist(), fine.end.tolist(), strict=True)):
+        above = kept[parent] if parent >= 0 else -1
+        depth = nodes[above].end if above >= 0 else 0
+        if leaves[k] or (end - depth) * (sharing[k] - 1) >= min_saving:
+            nodes.append(Node(representative[k], depth, end, above, leaves[k]))
+            above = len(nodes) - 1
+        kept.append(above)
+    return PrefixTree(nodes, fine.order.tolist())
 
 
 _library: list[ctypes.CDLL | None] = []
@@ -117,7 +229,7 @@ def _csrc() -> ctypes.CDLL | None:
         else:
             library = ctypes.CDLL(spec.origin)
             pointer = ctypes.c_void_p
-            library.fst_common_prefixes.argtypes = [pointer, pointer, ctypes.c_int64, pointer]
-            library.fst_common_prefixes.restype = None
+            library.fst_prefix_tree.argtypes = [pointer, pointer, pointer, ctypes.c_int64, *[pointer] * 7]
+            library.fst_prefix_tree.restype = ctypes.c_int64
             _library.append(library)
     return _library[0]

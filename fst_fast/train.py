@@ -38,6 +38,7 @@ from fst_fast.report import write_report
 from fst_fast.rollout import make_engine
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.collect import Ask, Collector
+from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.seeding import stream
 from fst_fast.slow.advantage import group_by_problem
@@ -158,7 +159,8 @@ class Trainer:
     def serve(self, store: RolloutStore) -> None:
         """Open the door to rollouts by the present weights."""
         sampling = SamplingParams(self.config.rollout.temperature, self.config.rollout.max_new_tokens)
-        self.collector = Collector(self.model, self.engine, store, self.state.totals, sampling, self.config.seed)
+        scheduler = Scheduler([self.engine])
+        self.collector = Collector(self.model, scheduler, store, self.state.totals, sampling, self.config.seed)
         self.engine.load_weights(self.model, self.state.step)
 
     def save(self) -> None:

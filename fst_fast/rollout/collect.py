@@ -9,7 +9,7 @@ from fst_fast.model import Model
 from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.reuse import RolloutStore
-from fst_fast.rollout.schedule import order
+from fst_fast.rollout.schedule import FILLER
 from fst_fast.seeding import derive
 from fst_fast.tasks.task import Message, Task
 
@@ -59,7 +59,9 @@ class Collector:
             if pair not in encoded:
                 encoded[pair] = self.model.encode_chat(task.messages(ask.prompt.text, ask.problem))
             seed = derive(self._seed, purpose, *key, ask.prompt.id, ask.problem.id, ask.sample)
-            requests.append(Request(i, encoded[pair], self.sampling, seed))
+            priority = FILLER if purpose == "gepa" else step
+            version = self.engine.policy_version
+            requests.append(Request(i, encoded[pair], self.sampling, seed, priority, version, ask.problem.id))
         rollouts = [
             self._rollout(task, ask, request, completion, purpose)
             for ask, request, completion in zip(asks, requests, self._drain(requests), strict=True)
@@ -94,7 +96,7 @@ class Collector:
         return [answer(r) for r in requests]
 
     def _drain(self, requests: list[Request]) -> list[Completion]:
-        self.engine.submit(order(requests))
+        self.engine.submit(requests)
         done: dict[int, Completion] = {}
         while self.engine.busy:
             done.update((c.id, c) for c in self.engine.step())

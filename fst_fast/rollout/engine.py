@@ -18,12 +18,17 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     seed: int
-    priority: int = 0  # lower first
+    priority: int = 0  # lower first: the number of the step it is for, or schedule.FILLER
+    policy_version: int | None = None  # the weights it is for; None = those the engine holds when it starts
+    problem: str = ""  # whose responses are of similar length
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished response. `logprobs` are those of the distribution really sampled from, temperature included."""
+    """A finished response. `logprobs` are those of the distribution really sampled from, temperature included.
+
+    `policy_version` is that of the weights that sampled it; of the oldest, when they changed on the way.
+    """
 
     id: int
     response_ids: tuple[int, ...]
@@ -43,8 +48,14 @@ class EngineStats:
 
 class RolloutEngine(Protocol):
     name: str
-    policy_version: int
-    stats: EngineStats
+
+    @property
+    def policy_version(self) -> int:
+        """Of the weights that are sampled from."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats: ...
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests. A prompt that leaves no room in the context raises ValueError before any work."""

@@ -1,0 +1,235 @@
+"""What rollout scheduling is worth: policies simulated on a workload, or run on a real engine.
+
+    python benchmarks/rollouts.py [--workload FILE] [--json FILE]      simulated steps, and hit rates by cache size
+    python benchmarks/rollouts.py --planner                            time to plan 100,000 requests of 4k tokens
+    python benchmarks/rollouts.py --real                               the workload on the embedded engine
+
+Workloads are JSON files in benchmarks/workloads/, each with a note of where its numbers come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from simulator import POLICIES, BlockCache, Job, Workload, dealt, make_step, optimum, simulate
+
+from fst_fast.prefix_tree import Ragged, trie
+from fst_fast.rollout.schedule import place, plan
+
+CACHES = (80, 120, 160, 320, 640, 1280, 5120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", type=Path, default=Path(__file__).parent / "workloads" / "paper.json")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--planner", action="store_true", help="time the planner instead")
+    parser.add_argument("--real", action="store_true", help="run the embedded engine instead")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    args = parser.parse_args()
+    if args.planner:
+        results = planner()
+    else:
+        workload = Workload.load(args.workload)
+        results = real(workload, args.seed) if args.real else simulated(workload, args.seed)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+def simulated(workload: Workload, seed: int) -> dict[str, Any]:
+    w = workload
+    print(
+        f"{w.problems} problems x {w.group} rollouts over {w.prompts} prompts ({w.prompt_tokens} + {w.problem_tokens} "
+        f"tokens), {w.engines} engines of {w.cache_blocks} blocks, {w.steps} steps; seed {seed}"
+    )
+    print(
+        f"{'policy':26}{'s/step':>8}{'x random':>9}{'x problem':>10}{'busy':>6}{'hit rate':>9}{'of optimum':>11}"
+        f"{'prefilled':>11}{'repeated':>10}{'preempted':>10}{'sim s':>7}"
+    )
+    rows: dict[str, Any] = {}
+    for policy in POLICIES:
+        started = time.perf_counter()
+        r = simulate(w, policy, seed=seed)
+        took = time.perf_counter() - started
+        mean = sum(r.seconds) / len(r.seconds)
+        rows[policy.name] = asdict(r) | {"seconds_per_step": mean, "hit_rate": r.hit_rate, "of_optimum": r.of_optimum}
+        against = [rows[name]["seconds_per_step"] / mean for name in ("random", "problem-major") if name in rows]
+        ratios = "".join(f"{ratio:{width}.2f}" for ratio, width in zip([*against, 1.0][:2], (9, 10), strict=True))
+        print(
+            f"{policy.name:26}{mean:8.1f}{ratios}{r.busy / sum(r.seconds) / w.engines:6.2f}{r.hit_rate:9.3f}"
+            f"{r.of_optimum:11.3f}{r.prefilled:11}{r.repeated:10}{r.preemptions:10}{took:7.2f}"
+        )
+    return {"workload": asdict(w), "policies": rows, "layouts": layouts(w, seed), "hit_rates": hit_rates(w, seed)}
+
+
+def layouts(workload: Workload, seed: int) -> dict[str, int]:
+    """Prompt tokens of one step to compute at best, by which of the two comes first in the context."""
+    out = {}
+    for layout in ("prompt-first", "problem-first"):
+        sequences, _ = make_step(replace(workload, layout=layout), 0, seed)
+        out[layout] = optimum(sequences, workload.block_size)
+    asked = sum(len(s.prompt) for s in sequences)
+    said = ", ".join(f"{name} {tokens} ({1 - tokens / asked:.0%} saved)" for name, tokens in out.items())
+    print(f"\nprompt tokens of a step: {asked} asked; computed at best: {said}")
+    return out
+
+
+def hit_rates(workload: Workload, seed: int) -> dict[str, dict[int, float]]:
+    """Prefix tokens saved, of those that can be saved, by a cache of so many blocks: prompts only, one request after
+    the other, vLLM's block rules."""
+    sequences, names = make_step(workload, 0, seed)
+    best = optimum(sequences, workload.block_size)
+    asked = sum(len(s.prompt) for s in sequences)
+
+    def ours(blocks: int) -> list[Job]:
+        prompts = Ragged.of([s.prompt for s in sequences])
+        found = plan(prompts, [0] * len(sequences), [1.0] * len(sequences), cache_tokens=blocks * workload.block_size)
+        return [sequences[i] for unit in found.units for i in unit.requests]
+
+    orders: dict[str, Callable[[int], Sequence[Job]]] = {
+        "random": lambda _: dealt(sequences, names, "random", random.Random(seed)),
+        "problem-major": lambda _: sequences,
+        "prompt-major": lambda _: dealt(sequences, names, "prompt-major", random.Random(seed)),
+        "ours": ours,
+    }
+    print(
+        f"\nof the prompt tokens that can be saved, saved by a cache of\n{'blocks':16}"
+        + "".join(f"{b:8}" for b in CACHES)
+    )
+    out: dict[str, dict[int, float]] = {}
+    for name, ordered in orders.items():
+        out[name] = {}
+        for blocks in CACHES:
+            if blocks * workload.block_size >= max(len(s.prompt) for s in sequences) + workload.block_size:
+                computed = replay(ordered(blocks), blocks, workload.block_size)
+                out[name][blocks] = (asked - computed) / (asked - best)
+        print(f"{name:16}" + "".join(f"{out[name][b]:8.3f}" if b in out[name] else f"{'-':>8}" for b in CACHES))
+    return out
+
+
+def replay(ordered: Sequence[Job], blocks: int, size: int) -> int:
+    """Prompt tokens computed, one request after the other."""
+    cache, computed = BlockCache(blocks), 0
+    for s in ordered:
+        found = cache.found(s.keys[: (len(s.prompt) - 1) // size])
+        cache.share(found)
+        held = found + cache.take(-(-len(s.prompt) // size) - len(found))
+        for block, key in zip(held, s.keys, strict=False):  # the last block is not full
+            cache.name(block, key)
+        cache.give(held)
+        computed += len(s.prompt) - len(found) * size
+    return computed
+
+
+def planner() -> dict[str, Any]:
+    """100,000 requests of 4,000 tokens as int32 arrays, in shuffled order: trie, order and placement on 8 engines."""
+    print(f"{'100,000 requests of 4,000 tokens':64}{'tokens stored':>14}{'nodes':>8}{'trie s':>8}{'plan s':>8}")
+    out: dict[str, Any] = {}
+    for name, problems, samples, prompt_tokens, shared in (
+        ("8 prompts x 1,563 problems x 8 samples, 3000 + 1000", 1563, 8, 3000, True),
+        ("the same, 300 + 3700", 1563, 8, 300, True),
+        ("the same, 3000 + 1000, every request with a copy of its own", 1563, 8, 3000, False),
+        ("8 prompts x 12,500 problems x 1 sample, 3000 + 1000", 12500, 1, 3000, True),
+    ):
+        sequences = requests_of_4k(problems, samples, prompt_tokens, shared=shared)
+        predicted = np.random.default_rng(1).lognormal(7, 0.8, problems)[(sequences.starts // 4000) % problems]
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            tree = trie(sequences)
+            built = time.perf_counter() - started
+            found = plan(sequences, [0] * len(sequences), predicted.tolist(), cache_tokens=150_000)
+            place(found, [0.0] * 8)
+            seconds.append((built, time.perf_counter() - started - built))
+        build, whole = (statistics.median(s) for s in zip(*seconds, strict=True))
+        out[name] = {"trie": build, "plan": whole, "runs": seconds}
+        print(f"{name:64}{len(sequences.ids):14}{len(tree):8}{build:8.3f}{whole:8.3f}")
+    print("plan s = trie, units, order (two replays of the cache) and placement together")
+    return out
+
+
+def requests_of_4k(problems: int, samples: int, prompt_tokens: int, *, shared: bool) -> Ragged:
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, 150_000, (8, 1, prompt_tokens), np.int32)
+    problem = rng.integers(0, 150_000, (1, problems, 4000 - prompt_tokens), np.int32)
+    width = (8, problems)
+    ids = np.concatenate(
+        [np.broadcast_to(prompt, (*width, prompt_tokens)), np.broadcast_to(problem, (*width, 4000 - prompt_tokens))], 2
+    )
+    flat = ids.reshape(-1, 4000)
+    if not shared:
+        flat = np.repeat(flat, samples, 0)
+    starts = np.arange(len(flat), dtype=np.int64) * 4000
+    if shared:
+        starts = np.repeat(starts, samples)
+    starts = rng.permutation(starts)
+    return Ragged(np.ascontiguousarray(flat).reshape(-1), starts, np.full(len(starts), 4000))
+
+
+def real(workload: Workload, seed: int) -> dict[str, Any]:
+    """One step of the workload on the embedded engine and the shipped model, its lengths scaled to the context."""
+    import torch
+
+    from fst_fast.model import load_model
+    from fst_fast.records import SamplingParams
+    from fst_fast.rollout.dispatch import Scheduler
+    from fst_fast.rollout.engine import Request, RolloutEngine
+    from fst_fast.rollout.torch_engine import TorchEngine
+
+    torch.set_num_threads(1)
+    model = load_model("")
+    longest = workload.prompt_tokens + workload.problem_tokens + workload.lengths.limit
+    scale = min(1.0, model.context / longest)
+    scaled = replace(
+        workload,
+        prompt_tokens=int(workload.prompt_tokens * scale),
+        problem_tokens=int(workload.problem_tokens * scale),
+        lengths=replace(
+            workload.lengths, mean=workload.lengths.mean * scale, limit=int(workload.lengths.limit * scale)
+        ),
+    )
+    sequences, names = make_step(scaled, 0, seed)
+    floor = max(model.eos_ids) + 1  # no special tokens among the drawn ones
+
+    def request(s: Job) -> Request:
+        ids = tuple(floor + t % (model.config.vocab_size - floor) for t in s.prompt)
+        return Request(s.id, ids, SamplingParams(1.0, s.length), s.id, problem=names[s.id][1])
+
+    best = trie(Ragged.of([request(s).prompt_ids for s in sequences])).tokens
+    asked = sum(len(s.prompt) for s in sequences)
+    print(
+        f"{len(sequences)} requests, lengths x {scale:.3f}: {asked} prompt tokens, {best} when every prefix is "
+        f"computed once; embedded engine, batch {workload.max_running}"
+    )
+    print(f"{'order':22}{'computed':>10}{'of the plan':>12}{'s':>8}")
+    out: dict[str, Any] = {}
+    for name in ("random", "problem-major", "prompt-major", "ours"):
+        engine: RolloutEngine = TorchEngine(model, max_batch=workload.max_running)
+        if name == "ours":
+            engine, ordered = Scheduler([engine]), sequences
+        else:
+            ordered = dealt(sequences, names, name, random.Random(seed))  # type: ignore[arg-type]
+        started = time.perf_counter()
+        engine.submit([request(s) for s in ordered])
+        done = 0
+        while engine.busy:
+            done += len(engine.step())
+        seconds = time.perf_counter() - started
+        assert done == len(sequences)
+        computed = engine.stats.computed_prompt_tokens
+        out[name] = {"computed": computed, "planned": best, "asked": asked, "seconds": seconds}
+        print(f"{name:22}{computed:10}{computed / best:12.3f}{seconds:8.2f}")
+    return out
+
+
+if __name__ == "__main__":
+    main()
