@@ -88,6 +88,7 @@ POLICIES = (
     Policy("random", "random"),
     Policy("problem-major", "problem-major"),
     Policy("prompt-major", "prompt-major"),
+    Policy("random + streaming", "random", streaming=True),
     Policy("ours, any admission", "planned"),
     Policy("ours", "planned", admission=True),
     Policy("ours + reuse", "planned", admission=True, reuse=True),
@@ -380,8 +381,7 @@ class Simulation:
         if self.policy.order == "planned":
             self.dispatcher.advance(engine, steps)
 
-    def _feed(self, engines: Iterable[int]) -> None:
-        engines = list(engines)
+    def _feed(self, engines: Sequence[int]) -> None:
         if self.policy.order == "planned":
             for i, request in self.dispatcher.start(engines, version=0):
                 self.engines[i].waiting.append(self.sequences.pop(request.id))

@@ -141,26 +141,27 @@ def trie_python(sequences: Ragged) -> Trie:
     first: list[int] = []
     leaf = [-1] * len(given)
 
-    def grow(low: int, high: int, depth: int, above: int) -> None:
-        """Nodes for order[low:high], which all go on after their first `depth` tokens, those of `above`."""
-        while low < high:
-            a, stop = given[order[low]], low + 1
-            while stop < high and given[order[stop]][depth] == a[depth]:
-                stop += 1
-            b = given[order[stop - 1]]  # sorted: what the first and the last share, all share
-            common = next((k for k in range(depth, min(len(a), len(b))) if a[k] != b[k]), min(len(a), len(b)))
-            parent.append(above)
-            start.append(depth)
-            end.append(common)
-            first.append(low)
-            node = len(parent) - 1
-            while low < stop and len(given[order[low]]) == common:
-                leaf[order[low]] = node
-                low += 1
-            grow(low, stop, common, node)
-            low = stop
-
-    grow(sum(not s for s in given), len(given), 0, -1)
+    # ranges of `order` that all go on after their first `depth` tokens, those of node `above`
+    stack = [(sum(not s for s in given), len(given), 0, -1)]
+    while stack:
+        low, high, depth, above = stack.pop()
+        if low == high:
+            continue
+        a, stop = given[order[low]], low + 1
+        while stop < high and given[order[stop]][depth] == a[depth]:
+            stop += 1
+        b = given[order[stop - 1]]  # sorted: what the first and the last share, all share
+        common = next((k for k in range(depth, min(len(a), len(b))) if a[k] != b[k]), min(len(a), len(b)))
+        node = len(parent)
+        parent.append(above)
+        start.append(depth)
+        end.append(common)
+        first.append(low)
+        stack.append((stop, high, depth, above))
+        while low < stop and len(given[order[low]]) == common:
+            leaf[order[low]] = node
+            low += 1
+        stack.append((low, stop, common, node))
     size = [1] * len(parent)
     for k in range(len(parent) - 1, -1, -1):
         if parent[k] >= 0:

@@ -118,6 +118,12 @@ def test_shared_storage_gives_what_copies_give_and_is_not_read_again() -> None:
     assert columns(trie(overlapping)) == columns(trie_python(overlapping))
 
 
+def test_prefixes_nested_a_thousand_deep_are_no_recursion() -> None:
+    given = [(7,) * n for n in range(1, 1500)]
+    assert columns(trie(Ragged.of(given))) == columns(trie_python(Ragged.of(given)))
+    assert [node.parent for node in build(given).nodes] == list(range(-1, 1498))
+
+
 def test_a_sequence_outside_the_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sequence 1 is \[2, 2 \+ 3\) of 4 token ids"):
         trie(Ragged(np.zeros(4, np.int32), np.array([0, 2]), np.array([4, 3])))

@@ -83,7 +83,7 @@ class Dispatcher:
                 else:
                     running[i - len(waiting)].path = unit.path
 
-    def start(self, engines: Iterable[int], version: int) -> list[tuple[int, Request]]:
+    def start(self, engines: Sequence[int], version: int) -> list[tuple[int, Request]]:
         """What these engines start now, with their number: each what waits for it, as far as it fits; then one that
         has run dry takes over what would start last elsewhere. Requests meant for weights after `version` wait."""
         started = []

@@ -6,6 +6,7 @@ Data in, data out; `dispatch.py` keeps the queues and `benchmarks/rollouts.py` s
 from __future__ import annotations
 
 import math
+import random
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,8 +109,9 @@ def place(plan: Plan, loads: Sequence[float]) -> list[int]:
         return [0] * len(plan.units)
     held: list[set[int]] = [set() for _ in engines]
     chosen = [0] * len(plan.units)
-    by_class_and_cost = sorted(range(len(plan.units)), key=lambda u: (plan.units[u].priority, -plan.units[u].predicted))
-    for u in by_class_and_cost:
+    # equals shuffled: in the order of the trie, one problem under all prompts could fall to one engine
+    shuffled = random.Random(0).sample(range(len(chosen)), len(chosen))
+    for u in sorted(shuffled, key=lambda u: (plan.units[u].priority, -plan.units[u].predicted)):
         unit = plan.units[u]
         best, soonest = 0, float("inf")
         for e in engines:

@@ -76,9 +76,19 @@ def test_placement_is_within_four_thirds_of_the_best(costs: list[int], engines: 
 
 
 def test_of_equal_engines_a_unit_joins_its_prefix() -> None:
-    units = [Unit((i,), (prefix,), 0, 100.0) for i, prefix in enumerate([0, 1, 1, 0, 0, 1])]
-    assert place(Plan(units, [50, 50]), [0.0, 0.0]) == [0, 1, 1, 0, 0, 1]
-    assert place(Plan(units, [50, 50]), [0.0, 10_000.0]) == [0] * 6  # work comes before affinity
+    units = [Unit((i,), (i % 2,), 0, 100.0 - i // 2) for i in range(20)]  # pairs of equals
+    chosen = place(Plan(units, [50, 50]), [0.0, 0.0])
+    assert {tuple(chosen[0::2]), tuple(chosen[1::2])} == {(0,) * 10, (1,) * 10}
+    assert place(Plan(units, [50, 50]), [0.0, 10_000.0]) == [0] * 20  # work comes before affinity
+
+
+def test_a_problem_under_all_prompts_is_spread_when_nothing_is_known_of_lengths() -> None:
+    requests = [(k,) * 50 + (100 + x,) * 5 for k in range(8) for x in range(64)]
+    found = plan(requests, [0] * len(requests), [1.0] * len(requests), cache_tokens=10**6)
+    engines: dict[int, set[int]] = {}
+    for unit, engine in zip(found.units, place(found, [0.0] * 8), strict=True):
+        engines.setdefault(requests[unit.requests[0]][-1], set()).add(engine)
+    assert sum(map(len, engines.values())) > 4 * len(engines)
 
 
 def test_an_urgent_class_is_placed_before_a_longer_later_one() -> None:
