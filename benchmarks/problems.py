@@ -92,8 +92,7 @@ def make_problem(shape: Shape, rows: Rows, dtype: torch.dtype) -> Problem:
     weight = randn(shape.v, shape.h)
     targets = torch.randint(shape.v, (shape.n,), generator=g, device=DEVICE)
     sequences = shape.n // SEQUENCE
-    signal = torch.rand(sequences, generator=g, device=DEVICE) >= rows.flat
-    signal[0] = True  # errors are measured there
+    signal = torch.arange(sequences, device=DEVICE) < sequences - round(rows.flat * sequences)  # exactly so many
     advantages = (torch.randn(sequences, generator=g, device=DEVICE) * signal).repeat_interleave(SEQUENCE)
     mask = torch.rand(shape.n, generator=g, device=DEVICE) < rows.live
     own = linear_token_logprobs(hidden, weight, targets, softcap=shape.softcap, backend="torch").logprobs
