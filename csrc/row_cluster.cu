@@ -220,7 +220,7 @@ DEVICE void take(State& s, const float (&x)[ITEMS], const float (&y)[ITEMS], boo
       ref_weight[i] = exponential(y[i] - ref_peak);
       const float from = reverse ? y[i] : x[i], to = reverse ? x[i] : y[i];  // KL(from‖to)
       const bool both = from != -INF && to != -INF;
-      if (both) s.gap += (reverse ? ref_weight[i] : weight[i]) * (from - to);
+      if (both) s.gap += (reverse ? ref_weight[i] : weight[i]) * fminf(fmaxf(from - to, FAR), -FAR);
       if (to == -INF && from > -INF) s.forbidden = 1;
     }
     s.ref_total += sum(ref_weight);

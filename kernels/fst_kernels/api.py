@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import cpu_backend, cuda_backend, ops
-from .autograd import attach_gradients
-from .checks import mask_rules, policy_rules, require
+from .autograd import attach_gradients, reject_forward_mode
+from .checks import denominator_rules, mask_rules, policy_rules, require
 from .objective import Objective, PolicyRows, live_sum, ratio_metrics
 from .types import OPERANDS, Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
 
@@ -40,6 +40,7 @@ def token_logprobs(
     """
     if logits.ndim != 2 or logits.dtype not in OPERANDS:
         raise ValueError(f"logits must be [N,V] and one of {OPERANDS}, got {list(logits.shape)} {logits.dtype}")
+    reject_forward_mode(logits)
     scale = _temperature(temperature, logits)
     _check_rows(logits, targets=targets)
     if logits.stride(1) != 1:
@@ -74,7 +75,8 @@ def linear_token_logprobs(
             backward pass is that of "triton".
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
-    dtypes or a backend that do not fit.
+    dtypes or a backend that do not fit, and on targets or temperatures out of range. In a graph of torch.compile the
+    values of a mask, a 0-dim temperature, a tensor denominator and of `policy_loss`'s arguments are not checked.
 
     Heads may be DTensors, here, in `linear_policy_loss` and in `linear_kl`; what hidden is says what is meant, and all
     ranks call and go backward alike, also one whose rows are all masked:
@@ -113,12 +115,12 @@ def policy_loss(
     `linear_policy_loss` says what the arguments and metrics are. Only loss and metrics of PolicyLoss are filled.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
+    reject_forward_mode(logprobs)
     dtype = arithmetic_dtype(logprobs)
     _check_rows(logprobs, logprobs=logprobs, behavior_logprobs=behavior_logprobs, advantages=advantages)
     live, weights = _weigh(logprobs, dtype, mask, token_weights, denominator)
     values, behavior, advantages = (x.detach().to(dtype) for x in (logprobs, behavior_logprobs, advantages))
-    if not torch.compiler.is_compiling():
-        require(*policy_rules(PolicyRows(values, behavior, advantages, live, weights, objective, 0.0, 0.0)))
+    require(*policy_rules(PolicyRows(values, behavior, advantages, live, weights, objective, 0.0, 0.0)))
     terms = objective.terms(values, behavior, advantages)
     loss = live_sum(live, weights * terms.loss)
     if torch.is_grad_enabled() and logprobs.requires_grad:
@@ -169,8 +171,8 @@ def linear_policy_loss(
         clip_low, clip_high: for ppo, ρ is clipped to [1 − clip_low, 1 + clip_high].
         token_weights: [N], default 1. FST, where every problem weighs the same: 1 / (tokens of the problem's group)
             and denominator = the number of problems.
-        denominator: default the number of unmasked tokens, at least 1. Pass the global count, so that the losses (and
-            gradients) of ranks and micro-batches add up to the loss of the whole batch.
+        denominator: a number, or a tensor of one; default the number of unmasked tokens, at least 1. Pass the global
+            count, so that the losses (and gradients) of ranks and micro-batches add up to the loss of the whole batch.
         ref_hidden [N,H'], ref_weight [V,H'], ref_bias [V]: the reference of the KL; constants.
 
     Returns PolicyLoss: loss (); logprobs, entropy and kl [N], detached, 0 at masked rows; metrics, detached, ():
@@ -184,6 +186,9 @@ def linear_policy_loss(
     (to its `grad_dtype` where that is set). Raises ValueError on arguments that do not fit.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
+    for name, value in (("entropy_coef", entropy_coef), ("kl_coef", kl_coef)):
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
     head = Head(hidden, weight, bias, _temperature(temperature, hidden), softcap)
     _check_chunk(chunk_rows)
     chosen, dtype = _backend(backend, hidden, weight), head.dtype
@@ -270,18 +275,21 @@ def _best(*operands: Tensor) -> str:
 
 
 def _check_chunk(chunk_rows: int | None) -> None:
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if chunk_rows is not None and not (isinstance(chunk_rows, int) and chunk_rows >= 1):
+        raise ValueError(f"chunk_rows must be a whole number, at least 1, got {chunk_rows}")
 
 
 def _temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         if temperature.ndim:
             _check_rows(like, temperature=temperature)
-        return temperature.detach()
+            return temperature.detach()
+        if torch.compiler.is_compiling():
+            return temperature.detach()
+        temperature = float(temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
-    return torch.tensor(temperature, dtype=torch.float64)
+    return torch.tensor(temperature, dtype=torch.float64, device="cpu")
 
 
 def _reference(policy: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
@@ -291,6 +299,8 @@ def _reference(policy: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None
             f"a KL needs two distributions over the same N tokens and V items, got N, V ="
             f" {len(policy.hidden)}, {len(policy.weight)} and {len(hidden)}, {len(weight)}"
         )
+    if hidden.device != policy.hidden.device:
+        raise ValueError(f"both distributions must be on {policy.hidden.device}, got one on {hidden.device}")
     bias = None if bias is None else bias.detach()
     return Head(hidden.detach(), weight.detach(), bias, policy.temperature, policy.softcap)
 
@@ -327,13 +337,18 @@ def _weigh(
 ) -> tuple[Tensor, Tensor]:
     """Which rows count, and token_weights / denominator, which means nothing where they do not; both (N,)."""
     _check_rows(like, mask=mask, token_weights=token_weights)
-    if mask is not None and mask.dtype != torch.bool and not torch.compiler.is_compiling():
+    if mask is not None and mask.dtype != torch.bool:
         require(*mask_rules(mask))
     n, device = len(like), like.device
     live = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
     if denominator is None:
         denominator = live.sum().clamp(min=1)
-    elif not isinstance(denominator, Tensor) and not 0 < denominator < math.inf:
+    elif isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator must be one number, got a tensor {list(denominator.shape)}")
+        denominator = denominator.detach().reshape(()).to(device=device, dtype=dtype)
+        require(*denominator_rules(denominator[None]))
+    elif not 0 < denominator < math.inf:
         raise ValueError(f"denominator must be above 0 and finite, got {denominator}")
     weights = torch.ones(n, dtype=dtype, device=device) if token_weights is None else token_weights.detach().to(dtype)
     return live, weights / denominator
@@ -342,8 +357,10 @@ def _weigh(
 def _check_rows(like: Tensor, **vectors: Tensor | None) -> None:
     """Each has an entry for every row of `like`, on its device, of a dtype that its name asks for."""
     for name, vector in vectors.items():
-        if vector is None:
+        if vector is None and name in ("mask", "token_weights"):
             continue
+        if not isinstance(vector, Tensor) or not like.ndim:
+            raise ValueError(f"{name} must be a tensor [N], one entry a token, got {vector}")
         if _is_dtensor(vector):
             raise ValueError(f"{name} must be a plain tensor: only hidden states, weights and biases can be DTensors")
         if vector.shape != like.shape[:1]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def reject_second_order(name: str) -> None:
@@ -15,6 +16,14 @@ def reject_second_order(name: str) -> None:
 
 Gradients = tuple[Tensor | None, ...]
 Place = Callable[[Gradients], Gradients]
+
+
+def reject_forward_mode(*tensors: Tensor | None) -> None:
+    """Call where tensors come in: what follows would drop their tangents without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("fst_kernels has no forward-mode derivatives: use backward, or fst_kernels.reference")
 
 
 class _KnownGradients(torch.autograd.Function):

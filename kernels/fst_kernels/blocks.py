@@ -25,9 +25,9 @@ CAST_ON_CPU, CAST_ON_GPU = 2**21, 2**26  # elements of a head that has to be cas
 class Multiplier:
     """A head ready to multiply: bf16 operands on a GPU go as they are into an fp32 product, others are upcast first."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, dtype: torch.dtype) -> None:
         keep = head.hidden.is_cuda and head.hidden.dtype == head.weight.dtype == torch.bfloat16
-        self.source, self.dtype = head, head.dtype
+        self.source, self.dtype = head, dtype
         self.operand_dtype = torch.bfloat16 if keep else self.dtype
         self._buffer: Tensor | None = None
 
@@ -175,7 +175,7 @@ def _split(rows: Tensor, chunk_rows: int | None, v: int) -> tuple[Tensor, ...]:
 
 
 def _multipliers(head: Head, ref: Head | None) -> tuple[Multiplier, Multiplier | None]:
-    return Multiplier(head), None if ref is None else Multiplier(ref)
+    return Multiplier(head, head.dtype), None if ref is None else Multiplier(ref, head.dtype)
 
 
 def join(parts: Iterable[Measures]) -> Measures:

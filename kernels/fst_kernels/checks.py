@@ -17,7 +17,9 @@ class Rule(NamedTuple):
 
 
 def require(*rules: Rule) -> None:
-    """Raise ValueError on the first rule that some row breaks."""
+    """Raise ValueError on the first rule that some row breaks. In a graph of torch.compile nothing is looked at."""
+    if torch.compiler.is_compiling():
+        return
     if not bool(torch.stack([x.wrong.any() for x in rules]).any()):
         return
     broken = next(x for x in rules if x.wrong.any())
@@ -42,6 +44,10 @@ def policy_rules(batch: PolicyRows) -> Iterator[Rule]:
         yield Rule(name, finite, values, batch.live & ~values.isfinite())
     behavior = batch.behavior_logprobs
     yield Rule("behavior_logprobs", "numbers in every row that counts", behavior, batch.live & behavior.isnan())
+
+
+def denominator_rules(denominator: Tensor) -> Iterator[Rule]:
+    yield Rule("denominator", "above 0 and finite", denominator, ~((denominator > 0) & denominator.isfinite()))
 
 
 def mask_rules(mask: Tensor) -> Iterator[Rule]:

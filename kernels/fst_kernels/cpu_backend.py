@@ -101,10 +101,11 @@ class _Block:
     """Some rows: their measures (n,), one tile of the vocabulary after the other, and the way back to the logits."""
 
     def __init__(self, logits: Logits, ask: Ask) -> None:
-        self.logits, self.ask = logits, ask
+        targets = None if ask.targets is None else ask.targets.contiguous()
+        self.logits, self.ask = logits, ask._replace(targets=targets)
         n = len(logits.products)
         self.inverse_temperatures = (1 / logits.temperature.double()).float().expand(n).contiguous()
-        fresh = torch.tensor([-math.inf, 0, 0, math.nan, -math.inf, 0, 0], dtype=torch.float64)
+        fresh = torch.tensor([-math.inf, 0, 0, math.nan, -math.inf, 0, 0], dtype=torch.float64, device="cpu")
         self.states = fresh.repeat(n, 1)  # (n, State of policy_rows.cpp)
 
     def measure(self, products: Tensor, ref_products: Tensor | None, first: int = 0) -> None:
@@ -126,7 +127,7 @@ class _Block:
 
     def gradient(self, upstream: Measures, grad: Tensor) -> None:
         """Σ upstream · d measures / d products into grad (n, V)."""
-        found, nothing = self.measures(), torch.zeros(len(grad))
+        found, nothing = self.measures(), self.states.new_zeros(len(grad), dtype=torch.float32)
 
         def given(x: Tensor | None) -> Tensor:
             return nothing if x is None else x
@@ -195,13 +196,15 @@ def _pointer(x: Tensor | None) -> int | None:
 def measure(
     head: Head, targets: Tensor | None, ref: Head | None, entropy: bool, forward_kl: bool, chunk_rows: int | None
 ) -> Measures:
-    heads = [Multiplier(x) for x in (head, ref) if x is not None]
+    heads = [Multiplier(x, head.dtype) for x in (head, ref) if x is not None]
     height = max(1, min(len(head.hidden), chunk_rows or TILE_ROWS))
     columns = max(1, min(TILE_LOGITS // height, *(x.columns for x in heads)))
-    buffers = [torch.empty(height * columns) for _ in heads]
+    buffers = [torch.empty(height * columns, dtype=torch.float32, device="cpu") for _ in heads]
     blocks = []
-    for rows in torch.arange(len(head.hidden)).split(height):
-        own, other = (x.shaped(rows, torch.empty(len(rows), 0)) for x in (heads[0], heads[-1]))  # products come later
+    for rows in torch.arange(len(head.hidden), device="cpu").split(height):
+        own, other = (
+            x.shaped(rows, buffers[0].new_empty(len(rows), 0)) for x in (heads[0], heads[-1])
+        )  # products come later
         ask = Ask(None if targets is None else targets[rows], entropy, None if ref is None else other, forward_kl)
         blocks.append((rows, _Block(own, ask)))
     for tiles in zip(*(x.tiles(columns) for x in heads), strict=True):

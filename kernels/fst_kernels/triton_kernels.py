@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # where maxima start: unlike −inf, finite minus it is never NaN
+FAR = tl.constexpr(
+    1e30
+)  # as good as inf under exp; a few thousand of them still have a finite sum, and 0 times it is 0
 
 
 @triton.jit
@@ -43,6 +46,12 @@ def _shape(z, temperature, softcap, at, V, CAPPED: tl.constexpr):
     if temperature is not None:
         z = tl.div_rn(z, temperature)  # `/` may be 2 ulp off: 8e-6 at a logit of 40
     return tl.where(at < V, z, float("-inf"))
+
+
+@triton.jit
+def _near(d):
+    """Differences no further than FAR from 0; a NaN stays."""
+    return tl.where(d > FAR, FAR, tl.where(d < -FAR, -FAR, d))
 
 
 @triton.jit
@@ -117,7 +126,7 @@ def row_kernel(
     for start in range(0, V, BLOCK):
         at = start + lanes
         x = _shape(_read(logits, bias, at, width, V), temperature, softcap, at, V, CAPPED)
-        d = x - peak
+        d = _near(x - peak)
         rises = d > 0
         e = tl.exp(-tl.abs(d))
         old, new = tl.where(rises, e, 1.0), tl.where(rises, 1.0, e)
@@ -127,7 +136,7 @@ def row_kernel(
         total = old * total + new
         if ref_logits is not None:
             y = _shape(_read(ref_logits, ref_bias, at, width, V), temperature, softcap, at, V, CAPPED)
-            d = y - ref_peak
+            d = _near(y - ref_peak)
             rises = d > 0
             e = tl.exp(-tl.abs(d))
             ref_old, ref_new = tl.where(rises, e, 1.0), tl.where(rises, 1.0, e)
@@ -135,10 +144,10 @@ def row_kernel(
             ref_total = ref_old * ref_total + ref_new
             if FORWARD_KL:
                 bad = (y == float("-inf")) & (x > float("-inf"))
-                gap = old * gap + tl.where((x == float("-inf")) | bad, 0.0, new * (x - y))
+                gap = old * gap + tl.where((x == float("-inf")) | bad, 0.0, new * _near(x - y))
             else:
                 bad = (x == float("-inf")) & (y > float("-inf"))
-                gap = ref_old * gap + tl.where((y == float("-inf")) | bad, 0.0, ref_new * (y - x))
+                gap = ref_old * gap + tl.where((y == float("-inf")) | bad, 0.0, ref_new * _near(y - x))
             forbidden = forbidden | bad.to(tl.int32)
 
     row_peak = tl.max(peak, 0)
@@ -147,7 +156,7 @@ def row_kernel(
     log_total = tl.log(row_total)
     entropy = 0.0
     if entropy_out is not None or of_entropy is not None:
-        entropy = log_total - tl.sum(scale * (moment + (peak - row_peak) * total), 0) / row_total
+        entropy = log_total - tl.sum(scale * (moment + _near(peak - row_peak) * total), 0) / row_total
     kl, ref_row_peak, ref_log_total = 0.0, 0.0, 0.0
     if ref_logits is not None:
         ref_row_peak = tl.max(ref_peak, 0)

@@ -1,9 +1,12 @@
 """The records that go in and out of the kernels. N tokens, H hidden size, V vocabulary."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .autograd import reject_forward_mode
 
 OPERANDS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -40,6 +43,7 @@ class Head:
 
     def __post_init__(self) -> None:
         h, w, b = self.hidden, self.weight, self.bias
+        reject_forward_mode(h, w, b)
         for name, x in (("hidden", h), ("weight", w), ("bias", b)):
             if x is not None and x.dtype not in OPERANDS:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, OPERANDS))}, got {x.dtype}")
@@ -51,8 +55,8 @@ class Head:
             raise ValueError(f"bias must be [{len(w)}], one entry a vocabulary item, got {list(b.shape)}")
         if self.temperature.shape not in ((), (len(h),)):
             raise ValueError(f"temperature must be a number or [{len(h)}], got {list(self.temperature.shape)}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be above 0, got {self.softcap}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be above 0 and finite, got {self.softcap}")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 import fst_kernels
-from fst_kernels import kl_estimate, linear_kl, linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
+from fst_kernels import (
+    kl_estimate,
+    linear_kl,
+    linear_policy_loss,
+    linear_token_logprobs,
+    policy_loss,
+    reference,
+    token_logprobs,
+)
 
 Fixture = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("backend")
@@ -214,6 +222,11 @@ def test_metrics_are_detached_scalars(make_problem: Fixture) -> None:
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"temperature": torch.ones(3)}, r"temperature must be \[96\], one entry a token"),
         ({"softcap": -1.0}, "softcap"),
+        ({"softcap": math.inf}, "softcap must be above 0 and finite, got inf"),
+        ({"temperature": torch.tensor(-1.0)}, "temperature must be above 0 and finite, got -1.0"),
+        ({"entropy_coef": math.nan}, "entropy_coef must be finite, got nan"),
+        ({"behavior_logprobs": None}, r"behavior_logprobs must be a tensor \[N\]"),
+        ({"chunk_rows": 1.5}, "chunk_rows must be a whole number"),
         ({"denominator": 0}, "denominator"),
         ({"bias": torch.ones(3)}, "bias must be"),
         ({"kl_coef": 0.1}, "both ref_hidden and ref_weight"),
@@ -293,8 +306,55 @@ def test_wrong_targets_and_temperatures_of_logprobs_are_named(make_problem: Fixt
 
 def test_a_tensor_denominator_of_zero_is_named(make_problem: Fixture) -> None:
     p = make_problem(N, H, V)
-    with pytest.raises(ValueError, match=r"token_weights / denominator must be finite .* got inf"):
+    with pytest.raises(ValueError, match=r"denominator must be above 0 and finite, got 0.0"):
         linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0, denominator=torch.tensor(0.0))
+    with pytest.raises(ValueError, match=r"denominator must be one number, got a tensor \[96\]"):
+        linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0, denominator=torch.ones(N))
+    one = linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0, denominator=5.0)
+    same = linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0, denominator=torch.tensor([5.0]).double())
+    assert torch.equal(one.loss, same.loss)
+    assert same.loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_change_nothing(make_problem: Fixture, dtype: torch.dtype) -> None:
+    p = make_problem(N, H, V)
+    expected = _everything(p)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = _everything(p)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_forward_mode_is_refused_not_silently_zero(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V)
+    weight, tangent = p.weight.detach(), torch.ones(V, H)
+    for call in (
+        lambda w: linear_token_logprobs(p.hidden.detach(), w, p.targets).logprobs,
+        lambda w: linear_policy_loss(p.hidden.detach(), w, *p.rows, weight_max=4.0).loss,
+        lambda w: token_logprobs(p.hidden.detach() @ w.T, p.targets).logprobs,
+        lambda w: linear_kl(p.hidden.detach(), w, p.ref_hidden, p.ref_weight),
+        lambda w: policy_loss(w[:N, 0], p.behavior_logprobs, p.advantages, weight_max=4.0).loss,
+    ):
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+            torch.func.jvp(call, (weight,), (tangent,))
+
+
+def test_a_reference_of_another_dtype_is_taken_in_the_policys(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V)
+    args: dict[str, Any] = {"kl_coef": 0.1, "weight_max": 4.0}
+    for dtype in (torch.float64, torch.bfloat16):
+        hidden, weight = p.ref_hidden.to(dtype), p.ref_weight.to(dtype)
+        kl = linear_kl(p.hidden, p.weight, hidden, weight)
+        truth = reference.linear_kl(p.hidden, p.weight, hidden, weight)
+        torch.testing.assert_close(kl, truth.float(), atol=1e-5, rtol=1e-5)
+        out = linear_policy_loss(p.hidden, p.weight, *p.rows, ref_hidden=hidden, ref_weight=weight, **args)
+        assert out.loss.dtype == torch.float32
+        torch.testing.assert_close(out.kl, truth.float(), atol=1e-5, rtol=1e-5)
 
 
 def test_the_other_functions_reject_what_does_not_fit(make_problem: Fixture) -> None:

@@ -97,6 +97,35 @@ def test_given_logits_of_any_dtype_and_layout_are_read_in_place_and_keep_their_v
     assert_close(found, exact, absolute=1e-6, relative={torch.float64: 1e-12, torch.float16: 1e-3}.get(dtype, 8e-3))
 
 
+def test_targets_may_be_a_column_or_one_number_for_all() -> None:
+    logits = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids = torch.arange(24).view(4, 6) % 8
+    for targets in (ids[:, 2], torch.tensor([3]).expand(4)):
+        ours, truth = token_logprobs(logits, targets), reference.token_logprobs(logits, targets)
+        torch.testing.assert_close(ours.logprobs, truth.logprobs.float())
+        a, b = (torch.autograd.grad(x.logprobs.sum(), logits)[0] for x in (ours, truth))
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e38, -1e30])
+def test_items_masked_by_a_finite_lowest_logit_count_nothing(assert_close: Fixture, lowest: float) -> None:
+    v = 6000
+    mask = torch.full((v,), lowest)
+    mask[::500] = 0
+    logits = mask[None].clone().requires_grad_()
+    targets = torch.tensor([0])
+    ours, truth = (f(logits, targets, entropy=True) for f in (token_logprobs, reference.token_logprobs))
+    assert_close(ours.entropy, truth.entropy, absolute=1e-5)
+    assert_close(ours.logprobs, truth.logprobs, absolute=1e-5)
+    assert torch.autograd.grad(ours.entropy.sum(), logits)[0].isfinite().all()
+    hidden, weight = torch.ones(1, 1), torch.randn(v, 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for biases, direction in (({"bias_p": mask}, "forward"), ({"bias_q": mask}, "reverse")):
+        args = hidden, weight, hidden, weight.detach() + 0.1
+        ours, truth = (f(*args, **biases, direction=direction) for f in (linear_kl, reference.linear_kl))
+        assert_close(ours, truth, absolute=1e-5)
+        assert torch.autograd.grad(ours.sum(), weight)[0].isfinite().all()
+
+
 def test_given_rows_without_a_slope_get_zero_whatever_they_hold() -> None:
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     logits[2], logits[4, 3] = math.nan, math.inf

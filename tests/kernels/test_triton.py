@@ -157,7 +157,7 @@ def test_a_bf16_gradient_in_the_logits_own_storage_is_the_rounded_gradient(make:
 
     p = make(5, 8, 9001)  # several blocks, so that a write reaches back over earlier ones
     head, ref = (
-        Multiplier(Head(h, w, None, torch.tensor(1.0), None))
+        Multiplier(Head(h, w, None, torch.tensor(1.0), None), torch.float32)
         for h, w in ((p.hidden.detach(), p.weight.detach()), (p.ref_hidden, p.ref_weight))
     )
     weights = torch.rand(5, generator=torch.Generator().manual_seed(0)).to(DEVICE)

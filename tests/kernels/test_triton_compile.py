@@ -81,7 +81,7 @@ def _launch(
         temperatures[temperature],
         softcap,
     )
-    logits, n = Multiplier(head).logits(torch.arange(4)), torch.ones(4)
+    logits, n = Multiplier(head, torch.float32).logits(torch.arange(4)), torch.ones(4)
     targets = torch.zeros(4, dtype=torch.int64)
     upstream: Measures | PolicyRows | None = None
     if kind == "given":
