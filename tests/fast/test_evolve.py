@@ -399,7 +399,7 @@ def test_a_gepa_that_loses_the_pool_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("wrong", [lambda rollouts: rollouts[1:], lambda rollouts: rollouts[::-1]])
 def test_rollouts_that_do_not_match_their_pairs_are_an_error(wrong: object) -> None:
     class Wrong(Evaluations):
-        def __call__(self, pairs: Sequence[tuple[Prompt, Problem]]) -> list[Rollout]:
+        def __call__(self, pairs: Sequence[tuple[Prompt, Problem]], scoring: bool) -> list[Rollout]:
             return wrong(super().__call__(pairs))  # type: ignore[operator]
 
     with pytest.raises(ValueError, match="one rollout per pair"):

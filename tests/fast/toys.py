@@ -29,7 +29,7 @@ class Evaluations:
         self.answer = answer
         self.calls: list[list[tuple[Prompt, Problem]]] = []
 
-    def __call__(self, pairs: Sequence[tuple[Prompt, Problem]]) -> list[Rollout]:
+    def __call__(self, pairs: Sequence[tuple[Prompt, Problem]], scoring: bool) -> list[Rollout]:
         self.calls.append(list(pairs))
         return [rollout(prompt, problem, *self.answer(prompt, problem)) for prompt, problem in pairs]
 
