@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fst_fast import checkpoint
 from fst_fast.config import preset
 from fst_fast.errors import UserError
 from fst_fast.records import Problem, Prompt, Rollout, SamplingParams, Verdict
@@ -298,7 +299,7 @@ def test_a_run_fills_its_groups_from_the_store_and_its_totals_add_up(tmp_path: P
         config, stream="glyph:A@3", tensorboard=False, progress=False,
         rollout=replace(config.rollout, problems=4, group_size=4),
         fast=replace(
-            config.fast, every=3, minibatch=4, first_proposals=8, population=2, scoring_problems=2, reuse=True
+            config.fast, every=2, minibatch=4, first_proposals=24, population=2, scoring_problems=2, reuse=True
         ),
         slow=replace(config.slow, minibatches=1),
         eval=replace(config.eval, every=3, problems=4, samples=1),
@@ -310,15 +311,19 @@ def test_a_run_fills_its_groups_from_the_store_and_its_totals_add_up(tmp_path: P
     last = steps[-1]
     assert (last["rollouts"], last["tokens"]) == (len(spent), sum(len(r["response_ids"]) for r in spent))
     assert [r["reuse"]["fraction"] for r in steps] == [0.5, 0.5, 0.5]
-    assert [r["reuse"]["ages"] for r in steps] == [{"0": 8}, {"1": 8}, {"2": 8}]
+    assert [r["reuse"]["ages"] for r in steps] == [{"0": 8}, {"1": 8}, {"0": 8}]
     fresh = [r for r in spent if r["purpose"] == "rl"]
     assert len(fresh) == 3 * 8  # the other half of 3 × 4 × 4
     assert {r["sample"] for r in fresh} == {1}
     full = {}
     for r in spent:
         if r["scoring"]:
-            full.setdefault(r["prompt_id"], []).append(r["problem_id"])
-    assert all(len(ids) == len(set(ids)) == 12 for ids in full.values())  # the lookahead
+            full.setdefault((r["step"], r["prompt_id"]), []).append(r["problem_id"])
+    assert all(len(ids) == len(set(ids)) == 8 for ids in full.values())  # the lookahead
     assert any(r["purpose"] == "gepa" and not r["scoring"] for r in spent)
     assert steps[0]["reuse"]["reused_ratio"] == pytest.approx(1, abs=1e-5)  # the weights that sampled them
-    assert steps[2]["reuse"]["reused_k3"] > 10 * steps[0]["reuse"]["reused_k3"]
+    assert steps[1]["reuse"]["reused_k3"] > 10 * steps[0]["reuse"]["reused_k3"]
+    reused = checkpoint.read_state(checkpoint.folders(tmp_path / "run")[0])["reused"]
+    assert (len(reused["used"]), reused["cap"]) == (8, 1)  # of the second cycle
+    whole = (tmp_path / "run" / "rollouts" / "rollouts.jsonl").read_bytes()
+    assert json.loads(whole[reused["start"] :].splitlines()[0])["step"] == 2
