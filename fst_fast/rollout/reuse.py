@@ -127,7 +127,8 @@ def plan(
     allowed, drops = eligible(asks, stored, rule)
     chosen = take(asks, allowed, rule.cap)
     ratios = dict(zip(chosen.values(), log_ratios([stored[i] for i in chosen.values()]), strict=True))
-    near = {i: stored[i] for i, log in ratios.items() if float(k3(log).mean()) <= MAX_K3}
+    means = torch.stack([k3(log).mean() for log in ratios.values()]).tolist() if ratios else []
+    near = {i: stored[i] for i, mean in zip(ratios, means, strict=True) if mean <= MAX_K3}
     cap = rule.cap
     if near and effective_sample_size(torch.stack([ratios[i].double().sum() for i in near])) < MIN_ESS:
         cap /= 2
