@@ -217,9 +217,9 @@ class Trainer:
                 proposals += steps // (2 * config.minibatch + config.scoring_problems // 3)
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
             self.engine.load_weights(self.base, BASE_VERSION)
-        ahead = self._lookahead()
+        ahead = self.order.lookahead(self.state.step - self.stage.start, config.every)
+        self.store.forget()
         if self._reuses:
-            self.store.forget()
             self.state.reused = Reused(self.store.offset)
         calls = self.generated = 0  # within this cycle: names of random streams
 
@@ -375,11 +375,6 @@ class Trainer:
     def _reuses(self) -> bool:
         return self.config.fast.reuse and self.config.mode == "fst"
 
-    def _lookahead(self) -> list[Problem]:
-        """The problems of the T batches of the present cycle."""
-        done, every = self.state.step - self.stage.start, self.config.fast.every
-        return self.order.lookahead(done - done % every, every)
-
     def _asks(self) -> list[Ask]:
         """G rollouts of every problem of the batch, dealt out over the population: evenly once it has its K prompts."""
         prompts = self.state.population if self.config.mode == "fst" else [Prompt(self.task.seed_prompt)]
@@ -391,11 +386,12 @@ class Trainer:
 
     def _plan(self, asks: Sequence[Ask]) -> Plan:
         """Which of the asks GEPA's evaluations answer."""
+        done, every = self.state.step - self.stage.start, self.config.fast.every
         rule = Rule(
-            lookahead=frozenset(p.id for p in self._lookahead()),
+            lookahead=frozenset(p.id for p in self.order.lookahead(done - done % every, every)),  # of this cycle
             sampling=self.collector.sampling,
             version=self.state.step,
-            oldest=self.state.step - self.config.fast.every + 1,
+            oldest=self.state.step - every + 1,
             cap=self.config.fast.reuse_cap * self.state.reused.cap,
             used=frozenset(self.state.reused.used),
         )
