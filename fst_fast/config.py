@@ -74,6 +74,11 @@ class FastConfig:
     """Problems a proposal is reflected and accepted on."""
     scoring_problems: Count = 192
     """Problems of the next T batches on which prompts are scored (the lookahead), or all of them if fewer."""
+    reuse: bool = False
+    """Mode fst: fill part of each group with rollouts of GEPA's full evaluations. Prompts are then scored on all
+    problems of the next T batches, whatever scoring_problems says. Off until its worth is measured."""
+    reuse_cap: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Largest part of a group that is reused."""
     pool: Count = 10
     """Prompts carried from cycle to cycle, chosen by greedy coverage; the first K of them are the population."""
     newly_solved: Count = 2

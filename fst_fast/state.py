@@ -12,6 +12,7 @@ from fst_fast.fast.reflection import ReflectionUsage
 from fst_fast.model import Model
 from fst_fast.records import Prompt
 from fst_fast.rollout.collect import Totals
+from fst_fast.rollout.reuse import Reused
 from fst_fast.tasks.task import Task
 
 
@@ -39,6 +40,7 @@ class State:
     population: list[Prompt] = field(default_factory=list)  # the K prompts that share a group's rollouts
     best: Prompt = field(default_factory=lambda: Prompt(""))
     totals: Totals = field(default_factory=Totals)
+    reused: Reused = field(default_factory=Reused)
     reflection: ReflectionUsage = field(default_factory=ReflectionUsage)
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,5 +60,6 @@ class State:
             population=[Prompt(text) for text in data["population"]],
             best=Prompt(data["best"]),
             totals=Totals(**data["totals"]),
+            reused=Reused(**data["reused"]),
             reflection=ReflectionUsage(**data["reflection"]),
         )

@@ -176,10 +176,10 @@ _EVAL_NUMBERS = (("reward_seed", "seed prompt"), ("kl", "KL"), ("entropy", "entr
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record by name, `kind/key`, those of `time` and `reflection` as `kind/time/key`."""
+    """The numbers of a record by name, `kind/key`, those of `time`, `reflection` and `reuse` as `kind/time/key`."""
     found: dict[str, float] = {}
     for key, value in record.items():
-        inner = value if key in ("time", "reflection") else {"": value}
+        inner = value if key in ("time", "reflection", "reuse") else {"": value}
         for name, number in inner.items():
             if isinstance(number, int | float) and key not in ("step", "stage", "cycle"):
                 found["/".join(part for part in (record["kind"], key, name) if part)] = number

@@ -1,8 +1,8 @@
 """`python -m fst_fast.train`: the loop. Config in, run directory out.
 
 Every step: problems × prompts → rollouts → groups → one slow step. Every T steps before that: one GEPA cycle on the
-problems of the next T batches. Evaluation and checkpoints in between. Not here: several ranks, reuse of GEPA's
-rollouts (later parts replace pieces of this working system).
+problems of the next T batches. Evaluation and checkpoints in between. Not here: several ranks (later parts replace
+pieces of this working system).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fst_fast.rollout import make_engine
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.collect import Ask, Collector
 from fst_fast.rollout.dispatch import Scheduler
-from fst_fast.rollout.reuse import RolloutStore
+from fst_fast.rollout.reuse import Plan, Reused, RolloutStore, Rule, plan, reuse_metrics
 from fst_fast.seeding import stream
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner, StepReport
@@ -134,6 +134,9 @@ class Trainer:
         self.telemetry = Telemetry(run_dir, config, self.stages[-1].end, offset=at("metrics", 0), step=self.state.step)
         self.lineage = Appender(run_dir / "population.jsonl", offset=at("population", 0))
         self.store = RolloutStore(run_dir, offset=at("rollouts", 0), count=at("rollout_count", 0))
+        if self._reuses:
+            problems = {p.id: p for t in self.tasks for p in t.train}
+            self.store.read_back(problems, start=self.state.reused.start)
         self.serve(self.store)
         if resume:
             self.telemetry.log(f"resumed {run_dir} at step {self.state.step}")
@@ -215,9 +218,12 @@ class Trainer:
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
             self.engine.load_weights(self.base, BASE_VERSION)
         ahead = self.order.lookahead(self.state.step - self.stage.start, config.every)
+        self.store.forget()
+        if self._reuses:
+            self.state.reused = Reused(self.store.offset)
         calls = self.generated = 0  # within this cycle: names of random streams
 
-        def rollouts_of(pairs: Sequence[tuple[Prompt, Problem]]) -> list[Rollout]:
+        def rollouts_of(pairs: Sequence[tuple[Prompt, Problem]], scoring: bool) -> list[Rollout]:
             nonlocal calls
             calls += 1
             samples: Counter[tuple[Prompt, str]] = Counter()
@@ -226,13 +232,15 @@ class Trainer:
                 asks.append(Ask(prompt, problem, samples[prompt, problem.id]))
                 samples[prompt, problem.id] += 1
             key = (self.state.cycle, calls)
-            return self.collector.collect(self.task, asks, purpose="gepa", step=self.state.step, key=key)
+            return self.collector.collect(
+                self.task, asks, purpose="gepa", step=self.state.step, key=key, scoring=scoring
+            )
 
         reflector = self.reflectors[self.stage.index]
         assert reflector is not None
         evolution = evolve(
             self.state.pool,
-            ahead[: config.scoring_problems],
+            ahead if self._reuses else ahead[: config.scoring_problems],
             ahead,
             rollouts_of,
             reflector,
@@ -259,9 +267,13 @@ class Trainer:
         """One step: rollouts of the next batch, spread over the prompts, and one slow step on their groups."""
         started = time.monotonic()
         report, rollouts, sampled, lr = StepReport(0, 0, {}), [], started, self.policy.lr
+        reuse = Plan(self.state.reused.cap)
         computed = self.engine.stats.computed_prompt_tokens
         if self.config.mode != "gepa":
-            rollouts = self._batch_rollouts()
+            asks = self._asks()
+            if self._reuses:
+                reuse = self._plan(asks)
+            rollouts = self._batch_rollouts(asks, reuse)
             sampled = time.monotonic()
             rng = stream(self.config.seed, "minibatches", self.state.step)
             if self.config.mode == "fst-distill":
@@ -274,7 +286,8 @@ class Trainer:
         self.state.step += 1
         self.engine.load_weights(self.model, self.state.step)
         tokens = sum(len(r.response_ids) for r in rollouts)
-        prompt_tokens = sum(len(r.prompt_ids) for r in rollouts)
+        fresh = [r for r in rollouts if r.purpose == "rl"]
+        prompt_tokens = sum(len(r.prompt_ids) for r in fresh)
         now = time.monotonic()
         record: dict[str, Any] = {"kind": "step", **self._where()}
         if rollouts:
@@ -290,13 +303,17 @@ class Trainer:
                 "prompt_tokens": prompt_tokens,
                 "cached_prompt_tokens": prompt_tokens - (self.engine.stats.computed_prompt_tokens - computed),
             }
+        if self._reuses:
+            record["reuse"] = reuse_metrics(
+                reuse, rollouts, report.log_ratios, version=self.state.step - 1, weight_max=self.config.slow.weight_max
+            )
         record |= {
             **asdict(self.state.totals),
             "time": {
                 "seconds": now - started,
                 "rollout": sampled - started,
                 "learn": now - sampled,
-                "tokens_per_second": tokens / max(now - started, 1e-9),
+                "tokens_per_second": sum(len(r.response_ids) for r in fresh) / max(now - started, 1e-9),
             },
         }
         self.telemetry.write(record, prompt=self.state.best.text)
@@ -354,15 +371,42 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------- helpers
 
-    def _batch_rollouts(self) -> list[Rollout]:
+    @property
+    def _reuses(self) -> bool:
+        return self.config.fast.reuse and self.config.mode == "fst"
+
+    def _asks(self) -> list[Ask]:
         """G rollouts of every problem of the batch, dealt out over the population: evenly once it has its K prompts."""
         prompts = self.state.population if self.config.mode == "fst" else [Prompt(self.task.seed_prompt)]
-        asks = [
+        return [
             Ask(prompts[i % len(prompts)], problem, i // len(prompts))
             for problem in self.order.batch(self.state.step - self.stage.start)
             for i in range(self.config.rollout.group_size)
         ]
-        return self.collector.collect(self.task, asks, purpose="rl", step=self.state.step, key=(self.state.step,))
+
+    def _plan(self, asks: Sequence[Ask]) -> Plan:
+        """Which of the asks GEPA's evaluations answer."""
+        done, every = self.state.step - self.stage.start, self.config.fast.every
+        rule = Rule(
+            lookahead=frozenset(p.id for p in self.order.lookahead(done - done % every, every)),  # of this cycle
+            sampling=self.collector.sampling,
+            version=self.state.step,
+            oldest=self.state.step - every + 1,
+            cap=self.config.fast.reuse_cap * self.state.reused.cap,
+            used=frozenset(self.state.reused.used),
+        )
+        found = plan(asks, self.store.scored, rule, self.learner.log_ratios)
+        if found.cap < rule.cap:
+            self.state.reused.cap /= 2
+        return found
+
+    def _batch_rollouts(self, asks: Sequence[Ask], reuse: Plan) -> list[Rollout]:
+        """One rollout per ask: from the store where `reuse` says so, the others by streams of their own."""
+        missing = [ask for i, ask in enumerate(asks) if i not in reuse.taken]
+        sampled = self.collector.collect(self.task, missing, purpose="rl", step=self.state.step, key=(self.state.step,))
+        self.state.reused.used += reuse.taken.values()
+        fresh = iter(sampled)
+        return [self.store.scored[reuse.taken[i]] if i in reuse.taken else next(fresh) for i in range(len(asks))]
 
     def _generate(self, conversations: Sequence[list[Message]]) -> list[Answer]:
         """Answers of the frozen base model, for the policy reflector."""

@@ -39,6 +39,8 @@ RUNS: dict[str, dict[str, object]] = {
     "rl-then-gepa": NOISE | {"mode": "rl-then-gepa", "model.dtype": "bfloat16"},
     "fst-distill": SMALL | {"mode": "fst-distill", "checkpoint-every": 1},
     "policy reflector": NOISE | {"mode": "fst"},
+    # two batches an epoch: the third of a cycle meets problems again, whose stored rollouts are used up
+    "reuse": NOISE | {"mode": "fst", "fast.reuse": True, "fast.every": 3, "rollout.problems": 8, "checkpoint-every": 1},
 }
 
 # Where each run is killed, one place after the other; calls are counted from each (re)start.
@@ -87,6 +89,7 @@ KILLS = {
         Kill("fst_fast.rollout.collect:Collector.complete", when="after"),
         Kill("fst_fast.train:Trainer._generate", call=2, when="after"),
     ],
+    "reuse": [Kill("fst_fast.train:Trainer._batch_rollouts", call=3, when="after")],
 }
 
 Flags = Callable[[str, Path], list[str]]

@@ -27,8 +27,9 @@ from fst_fast.fast.text import cut_middle, printable
 from fst_fast.records import Problem, Prompt, Rollout
 from fst_fast.seeding import derive, stream
 
-Evaluate = Callable[[Sequence[tuple[Prompt, Problem]]], list[Rollout]]
-"""One rollout per pair, in the order asked. One call is one batch for the engine."""
+Evaluate = Callable[[Sequence[tuple[Prompt, Problem]], bool], list[Rollout]]
+"""One rollout per pair, in the order asked. One call is one batch for the engine. The flag: whether these are full
+evaluations on the scoring set; rollouts of minibatches decide on acceptance, which makes them useless to learn from."""
 
 Status = Literal["accepted", "rejected", "duplicate", "empty", "too long", "failed"]
 
@@ -190,7 +191,9 @@ class _Cycle:
 
     def batch_evaluate(self, items: list[tuple[dict[str, str], list[Problem]]], **_: Any) -> list[Any]:
         pairs = [(Prompt(candidate[_COMPONENT]), problem) for candidate, problems in items for problem in problems]
-        rollouts = self._evaluate(pairs)
+        # a scoring set no larger than a minibatch counts as one: nothing then tells them apart
+        full = all(len(problems) == len(self.scoring) > self.config.minibatch for _, problems in items)
+        rollouts = self._evaluate(pairs, full)
         if [(r.prompt, r.problem.id) for r in rollouts] != [(prompt, problem.id) for prompt, problem in pairs]:
             raise ValueError("evaluate must return one rollout per pair, in the order asked")
         self.rollouts += len(pairs)

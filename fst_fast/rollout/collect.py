@@ -49,9 +49,16 @@ class Collector:
         self.sampling, self._seed = sampling, seed
 
     def collect(
-        self, task: Task, asks: Sequence[Ask], *, purpose: Purpose, step: int, key: tuple[str | int, ...]
+        self,
+        task: Task,
+        asks: Sequence[Ask],
+        *,
+        purpose: Purpose,
+        step: int,
+        key: tuple[str | int, ...],
+        scoring: bool = False,
     ) -> list[Rollout]:
-        """One rollout per ask, in the order of `asks`."""
+        """One rollout per ask, in the order of `asks`. `scoring`: they are full evaluations on GEPA's scoring set."""
         encoded: dict[tuple[str, str], tuple[int, ...]] = {}  # a chat template is applied once per (prompt, problem)
         requests = []
         for i, ask in enumerate(asks):
@@ -63,7 +70,7 @@ class Collector:
             version = self.engine.policy_version
             requests.append(Request(i, encoded[pair], self.sampling, seed, priority, version, ask.problem.id))
         rollouts = [
-            self._rollout(task, ask, request, completion, purpose)
+            self._rollout(task, ask, request, completion, purpose, scoring)
             for ask, request, completion in zip(asks, requests, self._drain(requests), strict=True)
         ]
         self.store.add(rollouts, step=step)
@@ -102,7 +109,9 @@ class Collector:
             done.update((c.id, c) for c in self.engine.step())
         return [done[r.id] for r in requests]
 
-    def _rollout(self, task: Task, ask: Ask, request: Request, c: Completion, purpose: Purpose) -> Rollout:
+    def _rollout(
+        self, task: Task, ask: Ask, request: Request, c: Completion, purpose: Purpose, scoring: bool
+    ) -> Rollout:
         response = self.model.decode(c.response_ids)
         return Rollout(
             prompt=ask.prompt,
@@ -118,6 +127,7 @@ class Collector:
             engine=self.engine.name,
             response=response,
             verdict=task.verify(ask.problem, response),
+            scoring=scoring,
         )
 
     def _count(self, rollouts: Sequence[Rollout], purpose: Purpose) -> None:

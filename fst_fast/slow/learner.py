@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +13,7 @@ from fst_fast.model import Model
 from fst_fast.records import Group, Rollout
 from fst_fast.slow.advantage import advantages, has_signal
 from fst_fast.slow.policy import Policy, micro_batches, response_hidden, response_targets
-from fst_kernels import linear_kl, linear_policy_loss
+from fst_kernels import linear_kl, linear_policy_loss, linear_token_logprobs
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class StepReport:
     groups: int
     live_groups: int  # with differing rewards; the others carry no policy gradient and are dropped (fst.md), KL and all
     metrics: dict[str, float]
+    log_ratios: list[tuple[Rollout, torch.Tensor]] = field(default_factory=list)
+    """log ρ_t [tokens] of each rollout trained on, by the weights of its minibatch's update. Empty for distillation."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,28 @@ class Learner:
             by_problem = self.config.average == "problem"
             minibatches.append(samples)
             denominators.append(len(part) if by_problem else sum(len(r.response_ids) for g in part for r in g.rollouts))
+        self._seen: list[tuple[Rollout, torch.Tensor]] = []
         metrics = self._train(minibatches, denominators, self._policy_loss)
-        return StepReport(len(groups), sum(map(has_signal, groups)), metrics)
+        return StepReport(len(groups), sum(map(has_signal, groups)), metrics, self._seen)
+
+    @torch.no_grad()
+    def log_ratios(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+        """log ρ_t [tokens] of each rollout under the present weights, by one forward pass without gradient."""
+        head, found = self.policy.model.head, [torch.empty(0)] * len(rollouts)
+        for indices in micro_batches(rollouts, self.config.micro_tokens):
+            micro = [rollouts[i] for i in indices]
+            hidden = response_hidden(self.policy.model, micro)
+            now = linear_token_logprobs(
+                hidden,
+                head.weight,
+                response_targets(micro, hidden.device),
+                bias=head.bias,
+                temperature=micro[0].sampling.temperature,
+                softcap=head.softcap,
+            )
+            for i, (_, ratios) in zip(indices, by_rollout(micro, now.logprobs), strict=True):
+                found[i] = ratios
+        return found
 
     def distill(
         self, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]], rng: random.Random
@@ -143,6 +165,8 @@ class Learner:
             "k3": "behavior_k3_mean",
             "kl_ref": "kl_mean",
         }
+        assert out.logprobs is not None
+        self._seen += by_rollout(rollouts, out.logprobs)
         return out.loss, {ours: float(out.metrics[theirs]) for ours, theirs in names.items() if theirs in out.metrics}
 
     def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
@@ -152,6 +176,13 @@ class Learner:
         kl = token_kl(self.policy.model, response_hidden(self.policy.model, rollouts), self.base, teacher, rollouts)
         weights = torch.tensor([s.weight for s in micro for _ in s.rollout.response_ids], device=kl.device)
         return (kl * weights).sum() / denominator, {"kl_teacher": float(kl.detach().mean())}
+
+
+def by_rollout(rollouts: Sequence[Rollout], logprobs: torch.Tensor) -> list[tuple[Rollout, torch.Tensor]]:
+    """log ρ_t = present − behaviour log-prob, each rollout with its own [tokens]; `logprobs` [N] runs over all."""
+    behaviour = torch.tensor([p for r in rollouts for p in r.logprobs], device=logprobs.device)
+    parts = (logprobs - behaviour).split([len(r.response_ids) for r in rollouts])
+    return list(zip(rollouts, parts, strict=True))
 
 
 def token_kl(

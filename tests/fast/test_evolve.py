@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -399,8 +400,8 @@ def test_a_gepa_that_loses_the_pool_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("wrong", [lambda rollouts: rollouts[1:], lambda rollouts: rollouts[::-1]])
 def test_rollouts_that_do_not_match_their_pairs_are_an_error(wrong: object) -> None:
     class Wrong(Evaluations):
-        def __call__(self, pairs: Sequence[tuple[Prompt, Problem]]) -> list[Rollout]:
-            return wrong(super().__call__(pairs))  # type: ignore[operator]
+        def __call__(self, pairs: Sequence[tuple[Prompt, Problem]], scoring: bool) -> list[Rollout]:
+            return wrong(super().__call__(pairs, scoring))  # type: ignore[operator]
 
     with pytest.raises(ValueError, match="one rollout per pair"):
         evolve(
@@ -438,3 +439,24 @@ def test_another_seed_or_cycle_draws_other_minibatches(seed: int, number: int) -
     _, again = cycle(["seed", "x"], SCORING, TRAINING, Scripted(counting), proposals=12, seed=seed, number=number)
     minibatches = [[p.id for _, p in call] for call in asked.calls]
     assert minibatches != [[p.id for _, p in call] for call in again.calls]
+
+
+def test_the_evaluations_of_the_pool_and_of_accepted_children_are_full_and_no_minibatch_is() -> None:
+    evaluate = Evaluations(knows)
+    settings = replace(config(), minibatch=2, parallel=1)
+    grow = Scripted(lambda request: f"{request.prompt.text} {request.rollouts[0].problem.data['word']}")
+    run = evolve([Member(Prompt("a"))], SCORING, TRAINING, evaluate, grow, settings, proposals=3, seed=0, cycle=0)
+    assert any(c.status == "accepted" for c in run.candidates)
+    for call, full in zip(evaluate.calls, evaluate.scoring, strict=True):
+        assert full == (len(call) % len(SCORING) == 0), call
+    assert evaluate.scoring.count(True) == 1 + sum(c.status == "accepted" for c in run.candidates)
+
+
+def test_a_scoring_set_as_small_as_a_minibatch_is_never_called_full() -> None:
+    evaluate = Evaluations(knows)
+    evolve(
+        [Member(Prompt("a"))], SCORING, TRAINING, evaluate, Scripted(counting), replace(config(), minibatch=3),
+        proposals=2, seed=0, cycle=0,
+    )  # fmt: skip
+    assert evaluate.scoring
+    assert not any(evaluate.scoring)

@@ -28,9 +28,11 @@ class Evaluations:
     def __init__(self, answer: Answer):
         self.answer = answer
         self.calls: list[list[tuple[Prompt, Problem]]] = []
+        self.scoring: list[bool] = []  # of each call
 
-    def __call__(self, pairs: Sequence[tuple[Prompt, Problem]]) -> list[Rollout]:
+    def __call__(self, pairs: Sequence[tuple[Prompt, Problem]], scoring: bool) -> list[Rollout]:
         self.calls.append(list(pairs))
+        self.scoring.append(scoring)
         return [rollout(prompt, problem, *self.answer(prompt, problem)) for prompt, problem in pairs]
 
 
