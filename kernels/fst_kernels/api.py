@@ -91,7 +91,10 @@ def linear_token_logprobs(
     head = Head(hidden, weight, bias, _temperature(temperature, hidden), softcap)
     _check_rows(hidden, targets=targets)
     _check_chunk(chunk_rows)
-    chosen = backend if HAS_TRITON and backend == "triton-matrix" else _backend(backend, hidden, weight)
+    matrix = HAS_TRITON and backend == "triton-matrix"
+    if matrix and _sharded(head, None):
+        raise ValueError("backend='triton-matrix' takes plain tensors: use 'triton' for heads that are DTensors")
+    chosen = backend if matrix else _backend(backend, hidden, weight)
     found = _measure(head, None, targets, entropy, True, chunk_rows, chosen)
     return TokenLogprobs(found[0], found[1] if entropy else None, found[-1])
 

@@ -5,13 +5,13 @@ then the pass that is not blocks.py's.
 """
 
 import ctypes
-import importlib.util
 import math
 
 import torch
 from torch import Tensor
 
 from .blocks import Ask, Measures, Multiplier, join, slopes_of
+from .library import path_of
 from .objective import PolicyRows
 from .types import Head, Logits
 
@@ -70,16 +70,8 @@ class _Library:
 
 
 def _load() -> _Library | None:
-    spec = importlib.util.find_spec(f"{__package__}._csrc")
-    if spec is None or spec.origin is None or not matches(spec.origin, "fst_rows_bytes", _Rows):
-        return None
-    return _Library(spec.origin)
-
-
-def matches(path: str, function: str, rows: type[ctypes.Structure]) -> bool:
-    """Whether an extension was built from the code that this Python belongs to: an older one would read elsewhere."""
-    library = ctypes.CDLL(path)
-    return hasattr(library, function) and getattr(library, function)() == ctypes.sizeof(rows)
+    path = path_of("_csrc", "fst_rows_bytes", _Rows)
+    return None if path is None else _Library(path)
 
 
 LIBRARY = _load()  # None where the install had no compiler, or is older than this code

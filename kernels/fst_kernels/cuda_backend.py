@@ -5,13 +5,12 @@ triton_backend.py. The library is built by an install with FST_CUDA=1. Not measu
 """
 
 import ctypes
-import importlib.util
 
 import torch
 from torch import Tensor
 
 from .blocks import Ask, Measures
-from .cpu_backend import matches
+from .library import path_of
 from .objective import KINDS, PolicyRows
 from .row_arguments import row_arguments
 from .types import Logits
@@ -82,10 +81,8 @@ class _Library:
 
 
 def _load() -> _Library | None:
-    spec = importlib.util.find_spec(f"{__package__}._cuda")
-    if spec is None or spec.origin is None or not matches(spec.origin, "fst_cluster_bytes", _Rows):
-        return None
-    return _Library(spec.origin)
+    path = path_of("_cuda", "fst_cluster_bytes", _Rows)
+    return None if path is None else _Library(path)
 
 
 LIBRARY = _load()  # None where the install did not ask for it, or had no nvcc

@@ -438,3 +438,6 @@ def test_every_rank_refuses_what_lies_otherwise(make_problem: Fixture, grid: Dev
     refused(r"targets must be in \[0, 32\)", whole, cut, (p.targets + 32, *p.rows[1:]))
     with pytest.raises(ValueError, match=r"targets must be in \[0, 32\)"):
         linear_token_logprobs(p.hidden, cut, p.targets + 32)
+    if api.HAS_TRITON:
+        with pytest.raises(ValueError, match="'triton-matrix' takes plain tensors"):
+            linear_token_logprobs(p.hidden, cut, p.targets, backend="triton-matrix")
