@@ -73,10 +73,11 @@ class FastConfig:
     minibatch: Count = 3
     """Problems a proposal is reflected and accepted on."""
     scoring_problems: Count = 192
-    """Problems of the next T batches on which prompts are scored (the lookahead), or all of them if fewer."""
-    reuse: bool = False
-    """Mode fst: fill part of each group with rollouts of GEPA's full evaluations. Prompts are then scored on all
-    problems of the next T batches, whatever scoring_problems says. Off until its worth is measured."""
+    """Problems of the next T batches on which prompts are scored, or all of them if fewer."""
+    race: bool = True
+    """Score prompts on a quarter, on half, on all of these problems; those that fall behind drop out on the way."""
+    reuse: bool = True
+    """Mode fst: rollouts that scored the population fill part of the same problems' groups."""
     reuse_cap: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Largest part of a group that is reused."""
     pool: Count = 10

@@ -70,7 +70,7 @@ class Rollout:
     engine: str
     response: str  # decoded for verifiers and people; never tokenised again
     verdict: Verdict
-    scoring: bool = False  # from a full evaluation of the prompt on GEPA's scoring set; never from a minibatch
+    scoring: bool = False  # it scored its prompt on GEPA's scoring set; not on a minibatch
 
     @property
     def reward(self) -> float:

@@ -38,6 +38,7 @@ class State:
     complete: bool = False
     pool: list[Member] = field(default_factory=list)
     population: list[Prompt] = field(default_factory=list)  # the K prompts that share a group's rollouts
+    blind: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)  # by problem: chosen without its scores
     best: Prompt = field(default_factory=lambda: Prompt(""))
     totals: Totals = field(default_factory=Totals)
     reused: Reused = field(default_factory=Reused)
@@ -45,19 +46,25 @@ class State:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
+        prompts = list(dict.fromkeys(p for chosen in self.blind.values() for p in chosen))
+        number = {p: i for i, p in enumerate(prompts)}
         return {
             **asdict(self),
             "pool": [m.to_dict() for m in self.pool],
             "population": [p.text for p in self.population],
+            "blind_prompts": [p.text for p in prompts],
+            "blind": {problem: [number[p] for p in chosen] for problem, chosen in self.blind.items()},
             "best": self.best.text,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> State:
+        blind = [Prompt(text) for text in data["blind_prompts"]]
         return cls(
             **{name: data[name] for name in ("step", "cycle", "entered", "ended_stages", "complete")},
             pool=[Member.from_dict(m) for m in data["pool"]],
             population=[Prompt(text) for text in data["population"]],
+            blind={problem: tuple(blind[i] for i in chosen) for problem, chosen in data["blind"].items()},
             best=Prompt(data["best"]),
             totals=Totals(**data["totals"]),
             reused=Reused(**data["reused"]),

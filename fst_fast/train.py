@@ -240,7 +240,7 @@ class Trainer:
         assert reflector is not None
         evolution = evolve(
             self.state.pool,
-            ahead if self._reuses else ahead[: config.scoring_problems],
+            ahead[: config.scoring_problems],
             ahead,
             rollouts_of,
             reflector,
@@ -248,12 +248,13 @@ class Trainer:
             proposals=proposals,
             seed=self.config.seed,
             cycle=self.state.cycle,
+            blind=self._reuses,
             fits=self._fits,
         )
         if self.config.mode == "fst-distill":
             self.engine.load_weights(self.model, self.state.step)
         self.state.pool, self.state.population = list(evolution.pool), list(evolution.population)
-        self.state.best = evolution.best
+        self.state.best, self.state.blind = evolution.best, dict(evolution.blind)
         self.state.reflection += evolution.reflection
         where = {"cycle": self.state.cycle, **self._where()}
         new = self.state.cycle == 0 or self.state.step == self.stage.start
@@ -377,21 +378,22 @@ class Trainer:
 
     def _asks(self) -> list[Ask]:
         """G rollouts of every problem of the batch, dealt out over the population: evenly once it has its K prompts."""
-        prompts = self.state.population if self.config.mode == "fst" else [Prompt(self.task.seed_prompt)]
-        return [
-            Ask(prompts[i % len(prompts)], problem, i // len(prompts))
-            for problem in self.order.batch(self.state.step - self.stage.start)
-            for i in range(self.config.rollout.group_size)
-        ]
+        asks = []
+        for problem in self.order.batch(self.state.step - self.stage.start):
+            prompts: Sequence[Prompt] = [Prompt(self.task.seed_prompt)]
+            if self.config.mode == "fst":
+                prompts = self.state.blind.get(problem.id, self.state.population)
+            size = self.config.rollout.group_size
+            asks += [Ask(prompts[i % len(prompts)], problem, i // len(prompts)) for i in range(size)]
+        return asks
 
     def _plan(self, asks: Sequence[Ask]) -> Plan:
         """Which of the asks GEPA's evaluations answer."""
-        done, every = self.state.step - self.stage.start, self.config.fast.every
         rule = Rule(
-            lookahead=frozenset(p.id for p in self.order.lookahead(done - done % every, every)),  # of this cycle
+            blind=frozenset(self.state.blind),
             sampling=self.collector.sampling,
             version=self.state.step,
-            oldest=self.state.step - every + 1,
+            oldest=self.state.step - self.config.fast.every + 1,
             cap=self.config.fast.reuse_cap * self.state.reused.cap,
             used=frozenset(self.state.reused.used),
         )

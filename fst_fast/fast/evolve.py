@@ -1,7 +1,7 @@
 """One GEPA cycle over the prompt population, driven through gepa's public protocols; the only file that imports `gepa`.
 
 The pool is scored afresh, since the policy moved; then parents from its Pareto front are tried on fresh problems, the
-reflector edits them from what went wrong, and children that do better there are scored and join the pool.
+reflector edits them from what went wrong, and children that do better there enter the same race and join the pool.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import gepa
@@ -21,15 +22,16 @@ from gepa.proposer.reflective_mutation.reflection_lm import ReflectionProposal
 from gepa.strategies.proposal_sampling import ProposalTask
 
 from fst_fast.config import FastConfig
-from fst_fast.fast.population import Member, breeding_weights, coverage, distinct, normalised
+from fst_fast.fast.population import Member, breeding_weights, distinct, normalised
+from fst_fast.fast.race import Race
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage, Reflector
 from fst_fast.fast.text import cut_middle, printable
 from fst_fast.records import Problem, Prompt, Rollout
 from fst_fast.seeding import derive, stream
 
 Evaluate = Callable[[Sequence[tuple[Prompt, Problem]], bool], list[Rollout]]
-"""One rollout per pair, in the order asked. One call is one batch for the engine. The flag: whether these are full
-evaluations on the scoring set; rollouts of minibatches decide on acceptance, which makes them useless to learn from."""
+"""One rollout per pair, in the order asked. One call is one batch for the engine. The flag: whether these score prompts
+on the scoring set; rollouts of minibatches decide on acceptance, which makes them useless to learn from."""
 
 Status = Literal["accepted", "rejected", "duplicate", "empty", "too long", "failed"]
 
@@ -64,10 +66,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Evolution:
-    """What a cycle leaves behind. `pool` is in the order of greedy coverage: best first, population first."""
+    """What a cycle leaves behind. `pool` is in the order of greedy coverage: best first, population first.
+
+    Prompts that dropped out of the race follow, with the scores they have.
+    """
 
     pool: tuple[Member, ...]  # carried into the next cycle
     population: tuple[Prompt, ...]  # its first K: they share the rollouts of a group
+    blind: Mapping[str, tuple[Prompt, ...]]  # scored problem → the K chosen without its scores; empty unless asked for
     candidates: tuple[Candidate, ...]  # every proposal, in order
     rollouts: int  # really asked for
     skipped: int  # parents not edited, because they solved their whole minibatch
@@ -90,9 +96,12 @@ def evolve(
     proposals: int,
     seed: int,
     cycle: int,
+    blind: bool = False,
     fits: Callable[[Prompt], bool] = lambda _: True,
 ) -> Evolution:
     """Score `pool` on `scoring`, try `proposals` edits on minibatches of `training`, choose the next pool.
+
+    `blind`: find also which prompts each scored problem would have got without its own scores (race.py).
 
     `fits` is False for a prompt that leaves the policy no room to answer: it is refused as too long. Fewer proposals
     are made when parents go on solving their whole minibatch. The same arguments give the same result, as far as
@@ -101,11 +110,11 @@ def evolve(
     if not (pool and scoring and training):
         raise ValueError("evolve needs a prompt, a scoring problem and a training problem at least")
     reflector.usage = ReflectionUsage()  # of this cycle alone: sums of floats must not depend on a resume
-    run = _Cycle(distinct(pool), scoring, training, evaluate, reflector, config, proposals, seed, cycle, fits)
+    run = _Cycle(distinct(pool), scoring, training, evaluate, reflector, config, proposals, seed, cycle, blind, fits)
     result = gepa.optimize(
         seed_candidate=_candidate(run.members[0].prompt),
         trainset=run.training,
-        valset=run.scoring,
+        valset=_Scoring(),
         adapter=run,
         reflection_strategy=run,
         sampling_strategy=run,
@@ -121,11 +130,13 @@ def evolve(
     )
     if run.error:
         raise run.error
-    members = _members(result, run.members, cycle)
-    chosen = coverage(members, max(config.pool, config.population))
+    members = _members(result, run, cycle)
+    standing = [members[i] for i in run.race.standing()]
+    k = min(config.population, len(run.race.finished()))
     return Evolution(
-        pool=chosen,
-        population=tuple(m.prompt for m in chosen[: config.population]),
+        pool=tuple(standing[: max(config.pool, k)]),
+        population=tuple(m.prompt for m in standing[:k]),
+        blind=run.race.blind_populations(config.population),
         candidates=tuple(run.candidates),
         rollouts=run.rollouts,
         skipped=run.skipped,
@@ -133,15 +144,15 @@ def evolve(
     )
 
 
-def _members(result: Any, carried: Sequence[Member], cycle: int) -> list[Member]:
-    """The scored members of a finished gepa run: those carried in, then the accepted children."""
+def _members(result: Any, run: _Cycle, cycle: int) -> list[Member]:
+    """All who raced: those carried in, then the accepted children."""
     prompts = [Prompt(candidate[_COMPONENT]) for candidate in result.candidates]
-    assert prompts[: len(carried)] == [m.prompt for m in carried], "gepa lost the pool"
+    assert prompts == run.race.prompts, "gepa lost the pool"
     children = [
         Member(prompts[i], parent=prompts[result.parents[i][0]].id, cycle=cycle)
-        for i in range(len(carried), len(prompts))
+        for i in range(len(run.members), len(prompts))
     ]
-    return [replace(m, scores=s) for m, s in zip([*carried, *children], result.val_subscores, strict=True)]
+    return [replace(m, scores=run.race.scores_of(i)) for i, m in enumerate([*run.members, *children])]
 
 
 class _Cycle:
@@ -163,9 +174,10 @@ class _Cycle:
         proposals: int,
         seed: int,
         cycle: int,
+        blind: bool,
         fits: Callable[[Prompt], bool],
     ):
-        self.members, self.scoring, self.training = members, _Problems(scoring), _Problems(training)
+        self.members, self.training = members, _Problems(training)
         self.reflector, self.config, self.proposals, self.seed, self.cycle = reflector, config, proposals, seed, cycle
         self.fits, self._evaluate = fits, evaluate
         self.parents = stream(seed, "gepa", cycle, "parents")
@@ -174,8 +186,9 @@ class _Cycle:
         self.candidates: list[Candidate] = []
         self.rollouts = self.rounds = self.sampled = 0
         self.error: Exception | None = None
-        problems = self.scoring.fetch(self.scoring.all_ids())
-        self.carried = self.batch_evaluate([(_candidate(m.prompt), problems) for m in members])  # one call for all
+        distinct_problems = list({p.id: p for p in scoring}.values())
+        self.race = Race(distinct_problems, self._score, keep=config.population, pauses=config.race, blind=blind)
+        self.race.enter([m.prompt for m in members])
 
     @property
     def skipped(self) -> int:
@@ -183,23 +196,37 @@ class _Cycle:
 
     # Adapter: rollouts.
 
-    def evaluate(self, batch: list[Problem], candidate: dict[str, str], capture_traces: bool = False, **_: Any) -> Any:
-        """gepa calls this once, to score the seed candidate: the pool has been scored already."""
+    def evaluate(self, batch: list[Any], candidate: dict[str, str], capture_traces: bool = False, **_: Any) -> Any:
+        """gepa calls this once, to score the seed candidate: the pool has raced already."""
         assert candidate == _candidate(self.members[0].prompt)
-        assert batch == self.scoring.fetch(self.scoring.all_ids())
-        return self.carried[0]
+        assert batch == [_SCORING]
+        return self._scored(0)
 
-    def batch_evaluate(self, items: list[tuple[dict[str, str], list[Problem]]], **_: Any) -> list[Any]:
-        pairs = [(Prompt(candidate[_COMPONENT]), problem) for candidate, problems in items for problem in problems]
-        # a scoring set no larger than a minibatch counts as one: nothing then tells them apart
-        full = all(len(problems) == len(self.scoring) > self.config.minibatch for _, problems in items)
-        rollouts = self._evaluate(pairs, full)
+    def batch_evaluate(self, items: list[tuple[dict[str, str], list[Any]]], **_: Any) -> list[Any]:
+        """Of parents or children on their minibatches, or of accepted children in the race."""
+        prompts = [Prompt(candidate[_COMPONENT]) for candidate, _ in items]
+        if all(batch == [_SCORING] for _, batch in items):
+            first = len(self.race.prompts)
+            self.race.enter(prompts)
+            return [self._scored(i) for i in range(first, len(self.race.prompts))]
+        pairs = [(prompt, problem) for prompt, (_, batch) in zip(prompts, items, strict=True) for problem in batch]
+        ordered = iter(self._rollouts(pairs, scoring=False))
+        batches = [[next(ordered) for _ in batch] for _, batch in items]
+        return [EvaluationBatch(outputs=b, scores=[r.reward for r in b], trajectories=b) for b in batches]
+
+    def _score(self, pairs: Sequence[tuple[Prompt, Problem]]) -> list[float]:
+        return [r.reward for r in self._rollouts(pairs, scoring=True)]
+
+    def _rollouts(self, pairs: Sequence[tuple[Prompt, Problem]], *, scoring: bool) -> list[Rollout]:
+        rollouts = self._evaluate(pairs, scoring)
         if [(r.prompt, r.problem.id) for r in rollouts] != [(prompt, problem.id) for prompt, problem in pairs]:
             raise ValueError("evaluate must return one rollout per pair, in the order asked")
         self.rollouts += len(pairs)
-        ordered = iter(rollouts)
-        batches = [[next(ordered) for _ in problems] for _, problems in items]
-        return [EvaluationBatch(outputs=b, scores=[r.reward for r in b], trajectories=b) for b in batches]
+        return rollouts
+
+    def _scored(self, i: int) -> Any:
+        """What gepa is told of a racer: its own choices by score are replaced by ours."""
+        return EvaluationBatch(outputs=[None], scores=[fmean(self.race.scores_of(i).values())])
 
     # Stopper: asked before every round.
 
@@ -216,11 +243,10 @@ class _Cycle:
             return
         try:
             state: GEPAState = event["state"]
-            ids = self.scoring.all_ids()
-            for member, batch in zip(self.members[1:], self.carried[1:], strict=True):
-                scored = ValsetEvaluation({}, dict(zip(ids, batch.scores, strict=True)))
+            for i, member in enumerate(self.members[1:], start=1):
+                scored = ValsetEvaluation({}, dict.fromkeys([_SCORING], self._scored(i).scores[0]))
                 before = state.total_num_evals
-                state.increment_evals(len(ids))
+                state.increment_evals(1)
                 state.update_state_with_new_program([], _candidate(member.prompt), scored, None, before)
         except Exception as error:
             self.error = error
@@ -231,18 +257,20 @@ class _Cycle:
         if self.error:
             raise self.error
         self.rounds += 1
-        self.known = {normalised(candidate[_COMPONENT]) for candidate in state.program_candidates}
+        assert len(state.program_candidates) == len(self.race.prompts), "gepa lost the pool"
+        self.known = {normalised(prompt.text) for prompt in self.race.prompts}
         n = min(self.config.parallel, self.proposals - len(self.candidates))
         self.sampled += n
-        return [self._task(state, self.minibatches.draw()) for _ in range(n)]
+        return [self._task(self.minibatches.draw()) for _ in range(n)]
 
-    def _task(self, state: GEPAState, minibatch: list[Problem]) -> ProposalTask:
+    def _task(self, minibatch: list[Problem]) -> ProposalTask:
         """A parent from the Pareto front on the minibatch's slices: a slice nobody solves yet starts from anyone."""
         slices = {p.slice for p in minibatch}
-        relevant = [p.id for p in self.scoring.fetch(self.scoring.all_ids()) if p.slice in slices]
-        weights = breeding_weights([{i: scores[i] for i in relevant} for scores in state.prog_candidate_val_subscores])
-        (i,) = self.parents.choices(range(len(weights)), weights)
-        return ProposalTask(i, state.program_candidates[i], [p.id for p in minibatch], minibatch)
+        relevant = [p.id for p in self.race.problems if p.slice in slices]
+        finished = self.race.finished()
+        scores = map(self.race.scores_of, finished)
+        (i,) = self.parents.choices(finished, breeding_weights([{x: of[x] for x in relevant} for of in scores]))
+        return ProposalTask(i, _candidate(self.race.prompts[i]), [p.id for p in minibatch], minibatch)
 
     # Reflection: rollouts in, edits out. gepa leaves out tasks whose parent solved everything.
 
@@ -345,14 +373,28 @@ class Minibatches:
 
 
 _COMPONENT = "prompt"  # the only text of a candidate
+_SCORING = "scoring"  # the only item of gepa's validation set
 
 
 def _candidate(prompt: Prompt) -> dict[str, str]:
     return {_COMPONENT: prompt.text}
 
 
+class _Scoring:
+    """gepa's DataLoader of its validation set: one item that stands for the race, since gepa scores all or nothing."""
+
+    def all_ids(self) -> list[str]:
+        return [_SCORING]
+
+    def fetch(self, ids: Sequence[str]) -> list[str]:
+        return list(ids)
+
+    def __len__(self) -> int:
+        return 1
+
+
 class _Problems:
-    """gepa's DataLoader over problems, by their own ids: those of training and scoring cannot be confused."""
+    """gepa's DataLoader over problems, by their own ids."""
 
     def __init__(self, problems: Sequence[Problem]):
         self._problems = {p.id: p for p in problems}

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from fst_fast.records import Prompt
 
 
@@ -45,26 +47,24 @@ def distinct(members: Sequence[Member]) -> list[Member]:
     return list(first.values())
 
 
-def coverage(members: Sequence[Member], k: int) -> tuple[Member, ...]:
-    """At most `k` members that together solve the most: greedily maximises the sum over problems of the best score.
+def greedy_coverage(scores: np.ndarray, k: int) -> list[int]:
+    """At most `k` rows of `scores` [members, problems] that together solve the most, best first.
 
-    Ties go to the higher mean, then to the text. When nothing more can be added the rest is filled by mean score. The
-    first one is the member of the highest mean, and a smaller `k` gives a prefix.
+    Greedily maximises the sum over problems of the best score; ties go to the higher mean, then to the earlier row.
+    When nothing more can be added the rest is filled by mean score. The first row is the one of the highest mean, and
+    a smaller `k` gives a prefix.
     """
-    left = list(members)
-    chosen: list[Member] = []
-    covered: dict[str, float] = {}
-
-    def rank(m: Member) -> tuple[float, float, str]:
-        gain = sum(max(0.0, score - covered.get(problem, 0.0)) for problem, score in m.scores.items())
-        return -gain, -m.mean, m.prompt.text
-
-    while left and len(chosen) < k:
-        best = min(left, key=rank)
-        left.remove(best)
+    means = (scores.sum(1) / max(scores.shape[1], 1)).round(9)  # equal sums must tie in whatever order they are added
+    covered = np.zeros(scores.shape[1])
+    left = np.arange(len(scores))
+    chosen: list[int] = []
+    while len(left) and len(chosen) < k:
+        gains = np.maximum(scores[left] - covered, 0).sum(1).round(9)
+        best = int(left[np.lexsort((left, -means[left], -gains))[0]])
+        left = left[left != best]
         chosen.append(best)
-        covered |= {problem: max(score, covered.get(problem, 0.0)) for problem, score in best.scores.items()}
-    return tuple(chosen)
+        covered = np.maximum(covered, scores[best])
+    return chosen
 
 
 Scores = Mapping[str, float]

@@ -58,7 +58,7 @@ class Collector:
         key: tuple[str | int, ...],
         scoring: bool = False,
     ) -> list[Rollout]:
-        """One rollout per ask, in the order of `asks`. `scoring`: they are full evaluations on GEPA's scoring set."""
+        """One rollout per ask, in the order of `asks`. `scoring`: they score prompts on GEPA's scoring set."""
         encoded: dict[tuple[str, str], tuple[int, ...]] = {}  # a chat template is applied once per (prompt, problem)
         requests = []
         for i, ask in enumerate(asks):

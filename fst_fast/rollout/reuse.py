@@ -1,7 +1,7 @@
 """The rollout store, append-only on disk, and the rule by which groups are filled from it.
 
-Reuse is unbiased only where the decision to reuse does not look at the outcome: rollouts of full evaluations, taken by
-sample index. What the rule cannot undo, the choice of the population by these very scores, is measured: `gap`.
+Reuse is unbiased only where the decision to reuse does not look at the outcome: rollouts that scored a prompt on a
+problem whose group would have got that prompt without them (fast/race.py), taken by sample index. `gap` checks it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIN_ESS = 0.3  # of the sequences taken; below it the cap is halved
 class RolloutStore:
     """`rollouts/rollouts.jsonl` of a run directory. A resumed run cuts it back to its checkpoint's `offset`.
 
-    `scored` holds the present cycle's full evaluations, by their number in the file.
+    `scored` holds what scored prompts in the present cycle, by number in the file.
     """
 
     def __init__(self, run_dir: Path, *, offset: int = 0, count: int = 0):
@@ -87,7 +87,7 @@ class RolloutStore:
 class Rule:
     """What a step may reuse. Nothing here knows a reward."""
 
-    lookahead: frozenset[str]  # ids of the problems that a prompt must all have been scored on
+    blind: frozenset[str]  # ids of the problems whose prompts were chosen without their own scores
     sampling: SamplingParams
     version: int  # of the trainer
     oldest: int  # version of the weights that may have sampled it
@@ -140,18 +140,13 @@ def plan(
 
 def eligible(asks: Sequence[Ask], stored: Mapping[int, Rollout], rule: Rule) -> tuple[dict[int, Rollout], Counter[str]]:
     """The rollouts of `stored` that groups of these asks may use, and why others of the same problems may not."""
-    prompts, problems = {ask.prompt for ask in asks}, {ask.problem.id for ask in asks}
-    scored: defaultdict[Prompt, set[str]] = defaultdict(set)
-    for r in stored.values():
-        if r.scoring:
-            scored[r.prompt].add(r.problem.id)
-    complete = {prompt for prompt, ids in scored.items() if ids >= rule.lookahead}
+    wanted, problems = {(ask.prompt, ask.problem.id) for ask in asks}, {ask.problem.id for ask in asks}
 
     def refusal(i: int, r: Rollout) -> str:
         checks = {
             "minibatch": not r.scoring,
-            "partial": r.prompt not in complete,
-            "population": r.prompt not in prompts,
+            "seen": r.problem.id not in rule.blind,
+            "population": (r.prompt, r.problem.id) not in wanted,
             "used": i in rule.used,
             "sampling": r.sampling != rule.sampling,
             "stale": not rule.oldest <= r.policy_version <= rule.version,
