@@ -46,13 +46,15 @@ def test_fst_learns_glyph_within_ten_steps_and_writes_all_of_it_down(tmp_path: P
     assert [r["step"] for r in metrics if r["kind"] == "step"] == list(range(1, 11))
     rollouts = lines(run / "rollouts" / "rollouts.jsonl")
     spent = [r for r in rollouts if r["purpose"] != "eval"]
-    assert len(spent) == evals[-1]["rollouts"] == 10 * 128 + evals[-1]["gepa_rollouts"]
+    reused = sum(round(r["reuse"]["fraction"] * 128) for r in metrics if r["kind"] == "step")
+    assert reused == 24 * 4
+    assert len(spent) == evals[-1]["rollouts"] == 10 * 128 - reused + evals[-1]["gepa_rollouts"]
     assert sum(len(r["response_ids"]) for r in spent) == evals[-1]["tokens"]
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for r in spent:
         if r["purpose"] == "rl":
             groups.setdefault((r["step"], r["problem_id"]), []).append(r)
-    assert {len(g) for g in groups.values()} == {8}
+    assert [len(g) for g in groups.values()] == [4] * 24 + [8] * (160 - 24)  # the others were scored, and reused
     assert all(len({r["prompt_id"] for r in g}) == 4 for g in groups.values())  # one group over all the prompts
     assert {r["policy_version"] for r in spent if r["step"] == 7} == {7}
     lineage = lines(run / "population.jsonl")

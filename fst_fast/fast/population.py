@@ -47,22 +47,30 @@ def distinct(members: Sequence[Member]) -> list[Member]:
     return list(first.values())
 
 
-def greedy_coverage(scores: np.ndarray, k: int) -> list[int]:
-    """At most `k` rows of `scores` [members, problems] that together solve the most, best first.
+def greedy_coverage(scores: np.ndarray, k: int, seen: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """The members that together solve the most, once for each of several worlds.
+
+    scores [members, problems]; seen [worlds, problems] bool, the problems that count in a world; among [worlds, members]
+    bool, who stands for choice there. Returns members [worlds, k] in the order chosen, −1 where nobody is left.
 
     Greedily maximises the sum over problems of the best score; ties go to the higher mean, then to the earlier row.
-    When nothing more can be added the rest is filled by mean score. The first row is the one of the highest mean, and
-    a smaller `k` gives a prefix.
+    When nothing more can be added the rest is filled by mean score. The first is the one of the highest mean, and a
+    smaller `k` gives a prefix.
     """
-    means = (scores.sum(1) / max(scores.shape[1], 1)).round(9)  # equal sums must tie in whatever order they are added
-    covered = np.zeros(scores.shape[1])
-    left = np.arange(len(scores))
-    chosen: list[int] = []
-    while len(left) and len(chosen) < k:
-        gains = np.maximum(scores[left] - covered, 0).sum(1).round(9)
-        best = int(left[np.lexsort((left, -means[left], -gains))[0]])
-        left = left[left != best]
-        chosen.append(best)
+    worlds, members = among.shape
+    rows = np.arange(worlds)
+    sums = (seen @ scores.T).round(9)  # equal ones must tie, in whatever order they were added
+    order = np.lexsort((np.broadcast_to(np.arange(members), sums.shape), -sums), axis=1)
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.broadcast_to(np.arange(members), order.shape), axis=1)
+    covered, left = np.zeros(seen.shape), among.copy()
+    chosen = np.full((worlds, min(k, members)), -1)
+    for place in range(chosen.shape[1]):
+        gains = (np.maximum(scores - covered[:, None], 0) * seen[:, None]).sum(2).round(9)
+        gains[~left] = -1
+        best = np.where(gains == gains.max(1, keepdims=True), rank, members).argmin(1)
+        chosen[:, place] = np.where(left[rows, best], best, -1)
+        left[rows, best] = False
         covered = np.maximum(covered, scores[best])
     return chosen
 

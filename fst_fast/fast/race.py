@@ -33,31 +33,33 @@ class Race:
         self.problems, self._score, self._keep = list(problems), score, keep
         self._ends = sorted({-(-n // part) for part in PARTS}) if pauses else [n]
         self.prompts: list[Prompt] = []
-        self.scores = np.empty((0, n))  # NaN: not asked
+        self.scores = np.empty((0, n))  # [prompts, problems], NaN: not asked
         # world 0 sees every problem, world 1 + i all but problem i
         self._sees = np.vstack([np.ones((1, n), bool), ~np.eye(n, dtype=bool)]) if blind else np.ones((1, n), bool)
-        self._cleared = np.empty((0, len(self._sees)), int)  # parts each world has let each prompt clear
+        self._cleared = np.empty((len(self._sees), 0), int)  # [worlds, prompts]: parts that the world saw them through
 
     def enter(self, prompts: Sequence[Prompt]) -> None:
         """Score `prompts`, all together, as far as any world wants them to go."""
-        first = len(self.prompts)
+        first, n = len(self.prompts), len(self.problems)
         self.prompts += prompts
-        self.scores = np.vstack([self.scores, np.full((len(prompts), len(self.problems)), np.nan)])
-        self._cleared = np.vstack([self._cleared, np.zeros((len(prompts), len(self._sees)), int)])
+        self.scores = np.vstack([self.scores, np.full((len(prompts), n), np.nan)])
+        self._cleared = np.hstack([self._cleared, np.zeros((len(self._sees), len(prompts)), int)])
         for part, (start, end) in enumerate(pairwise([0, *self._ends])):
-            running = [i for i in range(first, len(self.prompts)) if (self._cleared[i] == part).any()]
+            here = self._cleared == part
+            here[:, :first] = False
+            running = np.flatnonzero(here.any(0))
             pairs = [(self.prompts[i], problem) for i in running for problem in self.problems[start:end]]
             self.scores[running, start:end] = np.reshape(self._score(pairs), (len(running), end - start))
-            for world in range(len(self._sees)):
-                here = [i for i in range(len(self.prompts)) if self._cleared[i, world] >= part]
-                most = len(here) if end == len(self.problems) else max(self._keep, -(-len(here) // 2))
-                on = set(self._best(here, world, end, most))
-                going = [i for i in running if self._cleared[i, world] == part and i in on]
-                self._cleared[going, world] = part + 1
+            on = here
+            if end < n:
+                rivals = self._cleared >= part
+                most = np.maximum(self._keep, -(-rivals.sum(1) // 2))
+                on = here & self._ahead(end, rivals, most)
+            self._cleared += on
 
-    def finished(self, world: int = 0) -> list[int]:
-        """Numbers of the prompts that `world` scored to the end."""
-        return [i for i in range(len(self.prompts)) if self._cleared[i, world] == len(self._ends)]
+    def finished(self) -> list[int]:
+        """Numbers of the prompts that were scored to the end."""
+        return np.flatnonzero(self._cleared[0] == len(self._ends)).tolist()
 
     def scores_of(self, i: int) -> dict[str, float]:
         """Problem id → reward of prompt number `i`, as far as it ran."""
@@ -66,23 +68,35 @@ class Race:
 
     def standing(self) -> list[int]:
         """Numbers of all prompts: the finished by greedy coverage, then the others by how far they got and by mean."""
-        order = self._best(self.finished(), 0, len(self.problems), len(self.prompts))
+        order = [i for i in self._coverage(len(self.problems), len(self.prompts), self._done())[0].tolist() if i >= 0]
         means = np.nanmean(self.scores, 1)
         dropped = sorted(
             set(range(len(self.prompts))) - set(order),
-            key=lambda i: (-self._cleared[i, 0], -means[i], self.prompts[i].text),
+            key=lambda i: (-self._cleared[0, i], -means[i], self.prompts[i].text),
         )
         return [*order, *dropped]
 
     def blind_populations(self, k: int) -> dict[str, tuple[Prompt, ...]]:
-        """Problem id → the `k` prompts chosen without that problem's scores."""
-        end = len(self.problems)
-        return {
-            problem.id: tuple(self.prompts[i] for i in self._best(self.finished(world), world, end, k))
-            for world, problem in enumerate(self.problems[: len(self._sees) - 1], start=1)
-        }
+        """Problem id → the `k` prompts chosen without that problem's scores; empty when the race is not blind."""
+        chosen = self._coverage(len(self.problems), k, self._done())[1:].tolist()
+        prompts = [tuple(self.prompts[i] for i in row if i >= 0) for row in chosen]
+        return dict(zip([problem.id for problem in self.problems], prompts, strict=False))
 
-    def _best(self, which: Sequence[int], world: int, end: int, k: int) -> list[int]:
-        by_text = sorted(which, key=lambda i: self.prompts[i].text)
-        seen = np.flatnonzero(self._sees[world, :end])
-        return [by_text[i] for i in greedy_coverage(self.scores[np.ix_(by_text, seen)], k)]
+    def _done(self) -> np.ndarray:
+        return self._cleared == len(self._ends)
+
+    def _ahead(self, end: int, rivals: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """[worlds, prompts]: the first `most` [worlds] of `rivals` [worlds, prompts] on the problems before `end`."""
+        chosen = self._coverage(end, int(most.max()), rivals)
+        chosen[np.arange(chosen.shape[1]) >= most[:, None]] = -1
+        ahead = np.zeros_like(rivals)
+        world, place = np.nonzero(chosen >= 0)
+        ahead[world, chosen[world, place]] = True
+        return ahead
+
+    def _coverage(self, end: int, k: int, among: np.ndarray) -> np.ndarray:
+        """`greedy_coverage` of prompts [worlds, k] on the problems before `end`; last ties go by text."""
+        by_text = np.array(sorted(range(len(self.prompts)), key=lambda i: self.prompts[i].text))
+        rows = np.nan_to_num(self.scores[by_text, :end])
+        chosen = greedy_coverage(rows, k, self._sees[:, :end], among[:, by_text])
+        return np.where(chosen >= 0, by_text[chosen], -1)

@@ -27,7 +27,8 @@ def members(pool: list[dict[str, float]]) -> list[Member]:
 def coverage(pool: list[Member], k: int) -> tuple[Member, ...]:
     by_text = sorted(pool, key=lambda m: m.prompt.text)
     rows = np.array([[m.scores[x] for x in PROBLEMS] for m in by_text])
-    return tuple(by_text[i] for i in greedy_coverage(rows, k))
+    (chosen,) = greedy_coverage(rows, k, np.ones((1, len(PROBLEMS)), bool), np.ones((1, len(pool)), bool)).tolist()
+    return tuple(by_text[i] for i in chosen)
 
 
 def texts(chosen: tuple[Member, ...]) -> list[str]:

@@ -75,7 +75,9 @@ def learn_one_word(request: ReflectionRequest) -> str:
 
 
 def config(**fields: object) -> FastConfig:
-    return FastConfig(**({"minibatch": 2, "parallel": 4, "population": 2, "pool": 10, "newly_solved": 2, "race": False} | fields))  # type: ignore[arg-type]
+    return FastConfig(
+        **({"minibatch": 2, "parallel": 4, "population": 2, "pool": 10, "newly_solved": 2, "race": False} | fields)
+    )  # type: ignore[arg-type]
 
 
 def cycle(
