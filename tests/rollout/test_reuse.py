@@ -322,7 +322,7 @@ def test_a_run_fills_its_groups_from_the_store_and_its_totals_add_up(tmp_path: P
         if r["scoring"]:
             full.setdefault((r["step"], r["prompt_id"]), []).append(r["problem_id"])
     assert all(len(ids) == len(set(ids)) for ids in full.values())
-    assert {len(ids) for ids in full.values()} == {2, 4, 8}  # a quarter, half, all of the lookahead
+    assert {len(ids) for ids in full.values()} == {2, 8}  # a quarter of the lookahead, or all of it
     assert any(r["purpose"] == "gepa" and not r["scoring"] for r in spent)
     assert steps[0]["reuse"]["reused_ratio"] == pytest.approx(1, abs=1e-5)  # the weights that sampled them
     assert steps[1]["reuse"]["reused_k3"] > 10 * steps[0]["reuse"]["reused_k3"]
