@@ -121,7 +121,7 @@ class Collector:
             prompt_ids=request.prompt_ids,
             response_ids=c.response_ids,
             logprobs=c.logprobs,
-            policy_version=c.policy_version,
+            versions=c.versions,
             sampling=request.sampling,
             finish_reason=c.finish_reason,
             engine=self.engine.name,

@@ -47,6 +47,7 @@ def test_rollouts_come_in_the_order_asked_scored_and_on_disk(model: Model, tmp_p
     for line, r in zip(lines, rollouts, strict=True):
         assert tuple(line["response_ids"]) == r.response_ids
         assert tuple(line["logprobs"]) == r.logprobs
+        assert line["versions"] == [[0, len(r.response_ids)]]
         assert line["feedback"] == r.verdict.feedback
         assert (line["step"], line["purpose"], line["prompt_id"]) == (3, "rl", r.prompt.id)
 

@@ -109,7 +109,7 @@ def test_after_a_weight_change_nothing_old_is_sampled_from(model: Model) -> None
         after = drain(engine, requests)
         assert error_of(model, requests, after) < 2e-5
         assert error_of(model, requests, before) > 1e-3  # the check sees stale numbers
-        assert {c.policy_version for c in after.values()} == {7}
+        assert all(c.versions == ((7, len(c.response_ids)),) for c in after.values())
     finally:
         with torch.no_grad():
             for p in model.lm.parameters():
@@ -138,7 +138,7 @@ def test_abort_returns_what_there_is_and_leaves_the_others_alone(model: Model) -
     aborted = {c.id: c for c in engine.abort(unwanted)}
     assert set(aborted) == set(unwanted)
     assert {c.finish_reason for c in aborted.values()} == {"aborted"}
-    assert {len(c.response_ids) for c in aborted.values()} == {0, 3}  # waiting, running
+    assert {c.versions for c in aborted.values()} == {(), ((0, 3),)}  # waiting, running
     while engine.busy:
         done.update((c.id, c) for c in engine.step())
     assert {i: c.response_ids for i, c in done.items()} == {i: alone[i].response_ids for i in done}

@@ -113,7 +113,7 @@ def test_logprobs_are_the_trainers_after_each_of_five_weight_updates(model: Mode
             change(model, version)
         engine.load_weights(model, version)
         done = drain(engine, requests)
-        assert {c.policy_version for c in done.values()} == {version}
+        assert all(c.versions == ((version, len(c.response_ids)),) for c in done.values())
         assert error_of(model, requests, done) < 1e-5
         if stale:
             assert error_of(model, requests, stale) > 1e-3  # the comparison sees the weights of one update ago
@@ -396,5 +396,7 @@ def test_a_training_run_by_the_command_line(tmp_path: Path) -> None:
         assert s["cached_prompt_tokens"] > 0.5 * s["prompt_tokens"]
     rollouts = [json.loads(line) for line in (run / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
     assert {r["engine"] for r in rollouts} == {"vllm"}
-    assert {(r["step"], r["policy_version"]) for r in rollouts if r["purpose"] == "rl"} == {(i, i) for i in range(4)}
+    spent = [r for r in rollouts if r["purpose"] == "rl"]
+    assert {r["step"] for r in spent} == set(range(4))
+    assert all(r["versions"] == [[r["step"], len(r["response_ids"])]] for r in spent)
     assert max(line["kl"] for line in lines if line["kind"] == "eval") > 1e-3  # the weights moved, and ρ stayed 1
