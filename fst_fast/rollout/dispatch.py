@@ -215,6 +215,11 @@ class Scheduler:
     def step(self) -> list[Completion]:
         self._feed()
         done = []
+        if self.busy and not any(engine.busy for engine in self.engines):
+            raise RuntimeError(
+                f"{len(self.dispatcher)} requests neither run nor can start: an engine dropped them, or they are for "
+                f"weights after {self.policy_version + self.lookahead}"
+            )
         for i, engine in enumerate(self.engines):
             if engine.busy:
                 finished = engine.step()
