@@ -10,10 +10,10 @@ from fst_fast.model import Model
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.dispatch import Dispatcher, Scheduler, _rest
 from fst_fast.rollout.engine import Completion, Request
-from fst_fast.rollout.schedule import FILLER, order
+from fst_fast.rollout.schedule import FILLER
 from fst_fast.rollout.torch_engine import TorchEngine
 from tests.models import tiny
-from tests.rollout.test_torch_engine import drain, error_of, exact_logprobs, requests_on
+from tests.rollout.test_torch_engine import drain, error_of, exact_logprobs, order, requests_on
 
 
 @pytest.fixture(scope="module")

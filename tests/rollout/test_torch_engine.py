@@ -8,7 +8,7 @@ import torch
 from fst_fast.model import Model
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
-from fst_fast.rollout.schedule import order
+from fst_fast.rollout.schedule import plan
 from fst_fast.rollout.torch_engine import TorchEngine
 from tests.models import FAMILIES, tiny
 
@@ -29,6 +29,12 @@ def requests_on(model: Model, *, temperature: float = 0.7, samples: int = 2, new
         for i, c in enumerate(contexts)
         for s in range(samples)
     ]
+
+
+def order(requests: list[Request]) -> list[Request]:
+    """By priority, and then depth-first along the trie of their prompts."""
+    found = plan([r.prompt_ids for r in requests], [r.priority for r in requests])
+    return [requests[i] for unit in found.units for i in unit.requests]
 
 
 def drain(engine: RolloutEngine, requests: list[Request]) -> dict[int, Completion]:

@@ -21,10 +21,9 @@ from fst_fast.prefix_tree import build
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.engine import Completion, Request
-from fst_fast.rollout.schedule import order
 from fst_fast.rollout.vllm_engine import VllmEngine
 from tests.models import FAMILIES, tiny
-from tests.rollout.test_torch_engine import drain, error_of
+from tests.rollout.test_torch_engine import drain, error_of, order
 
 pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm tests it in an environment of its own")
 
