@@ -17,8 +17,8 @@ from measure import DEVICE, interleaved, medians, reason, save, setting
 
 from fst_fast.model import Model, load_model
 from fst_fast.records import SamplingParams
+from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.engine import Request
-from fst_fast.rollout.schedule import order
 from fst_fast.rollout.torch_engine import TorchEngine
 from fst_fast.tasks.glyph import GlyphTask, instruction_cases
 
@@ -70,9 +70,9 @@ def main() -> None:
 
 
 def ours(model: Model, contexts: list[tuple[int, ...]], seed: int) -> int:
-    engine = TorchEngine(model, max_batch=256)
+    engine = Scheduler([TorchEngine(model, max_batch=256)])
     sampling = SamplingParams(1.0, NEW_TOKENS)
-    engine.submit(order([Request(i, c, sampling, seed * 10_000 + i) for i, c in enumerate(contexts)]))
+    engine.submit([Request(i, c, sampling, seed * 10_000 + i) for i, c in enumerate(contexts)])
     done = []
     while engine.busy:
         done += engine.step()

@@ -2,7 +2,7 @@
 
     python benchmarks/rollouts.py [--workload FILE] [--json FILE]      simulated steps, and hit rates by cache size
     python benchmarks/rollouts.py --planner                            time to plan 100,000 requests of 4k tokens
-    python benchmarks/rollouts.py --real                               the workload on the embedded engine
+    python benchmarks/rollouts.py --real [--engine vllm]               real.json, or the FILE given, on a real engine
 
 Workloads are JSON files in benchmarks/workloads/, each with a note of where its numbers come from.
 """
@@ -30,17 +30,23 @@ CACHES = (80, 120, 160, 320, 640, 1280, 5120)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", type=Path, default=Path(__file__).parent / "workloads" / "paper.json")
+    parser.add_argument("--workload", type=Path, help="by default paper.json; real.json with --real")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--planner", action="store_true", help="time the planner instead")
-    parser.add_argument("--real", action="store_true", help="run the embedded engine instead")
+    parser.add_argument("--real", action="store_true", help="run a real engine on a random tiny model instead")
+    parser.add_argument("--engine", choices=["torch", "vllm"], default="torch", help="which one (vllm: its CPU build)")
+    parser.add_argument("--rounds", type=int, default=3, help="of --real, every policy once in each")
     parser.add_argument("--json", type=Path, help="write the results here too")
     args = parser.parse_args()
     if args.planner:
         results = planner()
     else:
-        workload = Workload.load(args.workload)
-        results = real(workload, args.seed) if args.real else simulated(workload, args.seed)
+        name = "real.json" if args.real else "paper.json"
+        workload = Workload.load(args.workload or Path(__file__).parent / "workloads" / name)
+        if args.real:
+            results = real(workload, args.engine, args.rounds, args.seed)
+        else:
+            results = simulated(workload, args.seed)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 
@@ -175,60 +181,30 @@ def requests_of_4k(problems: int, samples: int, prompt_tokens: int, *, shared: b
     return Ragged(np.ascontiguousarray(flat).reshape(-1), starts, np.full(len(starts), 4000))
 
 
-def real(workload: Workload, seed: int) -> dict[str, Any]:
-    """One step of the workload on the embedded engine and the shipped model, its lengths scaled to the context."""
-    import torch
+def real(workload: Workload, engine: str, rounds: int, seed: int) -> dict[str, Any]:
+    from real import run  # needs torch and transformers, and for vllm an environment of its own
 
-    from fst_fast.model import load_model
-    from fst_fast.records import SamplingParams
-    from fst_fast.rollout.dispatch import Scheduler
-    from fst_fast.rollout.engine import Request, RolloutEngine
-    from fst_fast.rollout.torch_engine import TorchEngine
-
-    torch.set_num_threads(1)
-    model = load_model("")
-    longest = workload.prompt_tokens + workload.problem_tokens + workload.lengths.limit
-    scale = min(1.0, model.context / longest)
-    scaled = replace(
-        workload,
-        prompt_tokens=int(workload.prompt_tokens * scale),
-        problem_tokens=int(workload.problem_tokens * scale),
-        lengths=replace(
-            workload.lengths, mean=workload.lengths.mean * scale, limit=int(workload.lengths.limit * scale)
-        ),
-    )
-    sequences, names = make_step(scaled, 0, seed)
-    floor = max(model.eos_ids) + 1  # no special tokens among the drawn ones
-
-    def request(s: Job) -> Request:
-        ids = tuple(floor + t % (model.config.vocab_size - floor) for t in s.prompt)
-        return Request(s.id, ids, SamplingParams(1.0, s.length), s.id, problem=names[s.id][1])
-
-    best = trie(Ragged.of([request(s).prompt_ids for s in sequences])).tokens
-    asked = sum(len(s.prompt) for s in sequences)
+    w = workload
+    rows = run(w, engine, rounds=rounds, seed=seed)
+    first = next(iter(rows.values()))
     print(
-        f"{len(sequences)} requests, lengths x {scale:.3f}: {asked} prompt tokens, {best} when every prefix is "
-        f"computed once; embedded engine, batch {workload.max_running}"
+        f"{w.problems} problems x {w.group} rollouts over {w.prompts} prompts ({w.prompt_tokens} + {w.problem_tokens} "
+        f"tokens), {engine} engine, {w.cache_blocks} blocks of {w.block_size}, at most {w.max_running} at once: "
+        f"{first['asked']} prompt tokens asked, {first['plan']} when every prefix is computed once; seed {seed}"
     )
-    print(f"{'order':22}{'computed':>10}{'of the plan':>12}{'s':>8}")
-    out: dict[str, Any] = {}
-    for name in ("random", "problem-major", "prompt-major", "ours"):
-        engine: RolloutEngine = TorchEngine(model, max_batch=workload.max_running)
-        if name == "ours":
-            engine, ordered = Scheduler([engine]), sequences
-        else:
-            ordered = dealt(sequences, names, name, random.Random(seed))  # type: ignore[arg-type]
-        started = time.perf_counter()
-        engine.submit([request(s) for s in ordered])
-        done = 0
-        while engine.busy:
-            done += len(engine.step())
-        seconds = time.perf_counter() - started
-        assert done == len(sequences)
-        computed = engine.stats.computed_prompt_tokens
-        out[name] = {"computed": computed, "planned": best, "asked": asked, "seconds": seconds}
-        print(f"{name:22}{computed:10}{computed / best:12.3f}{seconds:8.2f}")
-    return out
+    print(
+        f"{'policy':22}{'computed':>10}{'of the plan':>12}{'hit rate':>9}{'of savable':>11}{'preempted':>10}"
+        f"{'repeated':>10}{'steps':>7}{'median s':>10}{'x random':>9}"
+    )
+    reference = statistics.median(first["seconds"])
+    for name, r in rows.items():
+        middle = statistics.median(r["seconds"])
+        print(
+            f"{name:22}{statistics.median(r['computed']):10.0f}{r['of_plan']:12.3f}{r['hit_rate']:9.3f}"
+            f"{r['of_savable']:11.3f}{r['preemptions']:10}{r['repeated']:10}{r['steps']:7}{middle:10.2f}"
+            f"{reference / middle:9.2f}"
+        )
+    return {"workload": asdict(w), "engine": engine, "policies": rows}
 
 
 if __name__ == "__main__":

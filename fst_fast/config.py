@@ -54,6 +54,10 @@ class RolloutConfig:
     """Longest response; a longer one is cut and scored as it stands."""
     max_batch: Count = 256
     """Sequences the engine decodes together."""
+    lookahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: while a step's last responses are sampled, the next step's requests fill the engine; the tokens they have by
+    then are one version old, and the new weights sample the rest. For GPUs and long responses. Nothing is asked ahead
+    over a checkpoint, an evaluation, a GEPA cycle or the end of a stage."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Fraction of the GPU that vLLM takes for its copy of the weights and its KV cache; training needs the rest."""
 
@@ -255,6 +259,10 @@ def check(config: Config) -> None:
         raise UserError(
             f"slow.minibatches = {config.slow.minibatches}: a minibatch is whole groups, and there are only "
             f"rollout.problems = {config.rollout.problems}"
+        )
+    if config.rollout.lookahead and config.mode == "fst-distill":
+        raise UserError(
+            "rollout.lookahead = 1: distillation corrects nothing for rollouts by older weights; use 0 with fst-distill"
         )
     if config.wandb and not find_spec("wandb"):
         raise UserError("wandb = True: it is not installed; pip install 'fst-fast[wandb]', or leave it out")

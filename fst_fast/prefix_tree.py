@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fst_fast.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
@@ -221,7 +223,8 @@ _library: list[ctypes.CDLL | None] = []
 
 
 def _csrc() -> ctypes.CDLL | None:
-    """The compiled helpers, loaded once; None (and one warning) where the install had no compiler."""
+    """The compiled helpers, loaded once; None (and one warning) where the install had no compiler. UserError when they
+    were built from older code."""
     if not _library:
         spec = importlib.util.find_spec("fst_fast._csrc")
         if spec is None or spec.origin is None:
@@ -229,6 +232,8 @@ def _csrc() -> ctypes.CDLL | None:
             _library.append(None)
         else:
             library = ctypes.CDLL(spec.origin)
+            if not hasattr(library, "fst_prefix_tree"):
+                raise UserError(f"{spec.origin} is older than this code: install again, e.g. pip install -e .")
             pointer = ctypes.c_void_p
             library.fst_prefix_tree.argtypes = [pointer, pointer, pointer, ctypes.c_int64, *[pointer] * 7]
             library.fst_prefix_tree.restype = ctypes.c_int64

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "aborted"]
 Purpose = Literal["rl", "gepa", "eval"]
+Versions = tuple[tuple[int, int], ...]  # (number of the weights, tokens they sampled), in the order of the tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Rollout:
     """One response of the policy to one problem under one prompt, scored.
 
     `logprobs[t]` is the behaviour log-prob: that of `response_ids[t]` under the distribution it was really sampled
-    from (temperature included), by the weights numbered `policy_version`.
+    from (temperature included), by the weights that `versions` names for it.
     """
 
     prompt: Prompt
@@ -64,7 +65,7 @@ class Rollout:
     prompt_ids: tuple[int, ...]  # the whole context: chat template of prompt and problem
     response_ids: tuple[int, ...]  # with the end token, when the response reached it
     logprobs: tuple[float, ...]
-    policy_version: int
+    versions: Versions
     sampling: SamplingParams
     finish_reason: FinishReason
     engine: str
@@ -75,6 +76,16 @@ class Rollout:
     @property
     def reward(self) -> float:
         return self.verdict.reward
+
+    @property
+    def policy_version(self) -> int:
+        """Number of the oldest weights that sampled a token of it."""
+        return min(version for version, _ in self.versions)
+
+    @property
+    def newest_version(self) -> int:
+        """Of the newest: another where the weights changed on the way."""
+        return max(version for version, _ in self.versions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
 from fst_fast.report import write_report
 from fst_fast.rollout import make_engine
 from fst_fast.rollout.check import check_engine
-from fst_fast.rollout.collect import Ask, Collector
+from fst_fast.rollout.collect import Ask, Asked, Collector, version_metrics
 from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import Plan, Reused, RolloutStore, Rule, plan, reuse_metrics
 from fst_fast.seeding import stream
@@ -86,6 +86,15 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
         print_summary(run_dir)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One step's rollouts, under way."""
+
+    asks: list[Ask]
+    reuse: Plan
+    sampled: Asked  # those that `reuse` does not answer
+
+
 class Trainer:
     """The verbs of the loop, over the parts of a run and its state."""
 
@@ -113,6 +122,7 @@ class Trainer:
         self.state = State(best=Prompt(self.tasks[0].seed_prompt))
         self.inputs = fingerprint(self.tasks, self.base)
         self.saved = -1  # step of the newest checkpoint
+        self.ahead: Batch | None = None  # the next step's
 
     # ------------------------------------------------------------------------------------------ opening and saving
 
@@ -162,7 +172,7 @@ class Trainer:
     def serve(self, store: RolloutStore) -> None:
         """Open the door to rollouts by the present weights."""
         sampling = SamplingParams(self.config.rollout.temperature, self.config.rollout.max_new_tokens)
-        scheduler = Scheduler([self.engine])
+        scheduler = Scheduler([self.engine], lookahead=self.config.rollout.lookahead)
         self.collector = Collector(self.model, scheduler, store, self.state.totals, sampling, self.config.seed)
         self.engine.load_weights(self.model, self.state.step)
 
@@ -196,9 +206,9 @@ class Trainer:
             self.state.pool = distinct([*self.state.pool, seed])
         self.state.entered = stage.index
 
-    def due(self, every: int) -> bool:
-        """Whether something done every `every` steps of a stage comes before the next step."""
-        return (self.state.step - self.stage.start) % every == 0
+    def due(self, every: int, *, after: int = 0) -> bool:
+        """Whether something done every `every` steps of a stage comes before the next step, or `after` steps later."""
+        return (self.state.step + after - self.stage.start) % every == 0
 
     @property
     def evolves(self) -> bool:
@@ -268,13 +278,11 @@ class Trainer:
         """One step: rollouts of the next batch, spread over the prompts, and one slow step on their groups."""
         started = time.monotonic()
         report, rollouts, sampled, lr = StepReport(0, 0, {}), [], started, self.policy.lr
-        reuse = Plan(self.state.reused.cap)
-        computed = self.engine.stats.computed_prompt_tokens
+        reuse, before = Plan(self.state.reused.cap), replace(self.engine.stats)
         if self.config.mode != "gepa":
-            asks = self._asks()
-            if self._reuses:
-                reuse = self._plan(asks)
-            rollouts = self._batch_rollouts(asks, reuse)
+            batch = self.ahead or self._ask(self.state.step)
+            self.ahead = self._ask(self.state.step + 1) if self._asks_ahead else None
+            rollouts, reuse = self._batch_rollouts(batch), batch.reuse
             sampled = time.monotonic()
             rng = stream(self.config.seed, "minibatches", self.state.step)
             if self.config.mode == "fst-distill":
@@ -285,10 +293,11 @@ class Trainer:
             else:
                 report = self.learner.step(group_by_problem(rollouts), rng)
         self.state.step += 1
-        self.engine.load_weights(self.model, self.state.step)
+        self.collector.engine.load_weights(self.model, self.state.step)  # what was asked ahead goes on with them
         tokens = sum(len(r.response_ids) for r in rollouts)
         fresh = [r for r in rollouts if r.purpose == "rl"]
-        prompt_tokens = sum(len(r.prompt_ids) for r in fresh)
+        prompt_tokens = self.engine.stats.prompt_tokens - before.prompt_tokens
+        computed = self.engine.stats.computed_prompt_tokens - before.computed_prompt_tokens
         now = time.monotonic()
         record: dict[str, Any] = {"kind": "step", **self._where()}
         if rollouts:
@@ -302,7 +311,8 @@ class Trainer:
                 "entropy": -sum(lp for r in rollouts for lp in r.logprobs) / tokens,
                 "response_tokens": tokens / len(rollouts),
                 "prompt_tokens": prompt_tokens,
-                "cached_prompt_tokens": prompt_tokens - (self.engine.stats.computed_prompt_tokens - computed),
+                "cached_prompt_tokens": prompt_tokens - computed,
+                **version_metrics(rollouts, self.state.step - 1),
             }
         if self._reuses:
             record["reuse"] = reuse_metrics(
@@ -376,10 +386,37 @@ class Trainer:
     def _reuses(self) -> bool:
         return self.config.fast.reuse and self.config.mode == "fst"
 
-    def _asks(self) -> list[Ask]:
+    @property
+    def _asks_ahead(self) -> bool:
+        """Whether the step after this one may already be asked for. Not over an evaluation or a cycle, which want the
+        engine and may change the prompts; not over a checkpoint, from which a resumed run must sample the same."""
+        between = [self.config.checkpoint_every, self.config.eval.every]
+        if self.evolves:
+            between.append(self.config.fast.every)
+        inside = self.state.step + 1 < self.stage.end and not any(self.due(every, after=1) for every in between)
+        return inside and self.config.rollout.lookahead > 0
+
+    def _ask(self, step: int) -> Batch:
+        """Plan the rollouts of `step`, this one or the next, and queue what the store does not answer.
+
+        What is reused is decided here, before anything is sampled, with the weights and the store of this moment: a
+        step asked ahead is gated by weights one version older than those that will train on it.
+        """
+        asks = self._asks(step)
+        reuse = self._plan(asks, step) if self._reuses else Plan(self.state.reused.cap)
+        self.state.reused.used += reuse.taken.values()
+        missing = [ask for i, ask in enumerate(asks) if i not in reuse.taken]
+        ahead = step - self.state.step
+        return Batch(
+            asks,
+            reuse,
+            self.collector.submit(self.task, missing, purpose="rl", step=step, key=(step,), ahead=ahead),
+        )
+
+    def _asks(self, step: int) -> list[Ask]:
         """G rollouts of every problem of the batch, dealt out over the population: evenly once it has its K prompts."""
         asks = []
-        for problem in self.order.batch(self.state.step - self.stage.start):
+        for problem in self.order.batch(step - self.stage.start):
             prompts: Sequence[Prompt] = [Prompt(self.task.seed_prompt)]
             if self.config.mode == "fst":
                 prompts = self.state.blind.get(problem.id, self.state.population)
@@ -387,13 +424,13 @@ class Trainer:
             asks += [Ask(prompts[i % len(prompts)], problem, i // len(prompts)) for i in range(size)]
         return asks
 
-    def _plan(self, asks: Sequence[Ask]) -> Plan:
-        """Which of the asks GEPA's evaluations answer."""
+    def _plan(self, asks: Sequence[Ask], step: int) -> Plan:
+        """Which of the asks of `step` GEPA's evaluations answer."""
         rule = Rule(
             blind=frozenset(self.state.blind),
             sampling=self.collector.sampling,
             version=self.state.step,
-            oldest=self.state.step - self.config.fast.every + 1,
+            oldest=step - self.config.fast.every + 1,
             cap=self.config.fast.reuse_cap * self.state.reused.cap,
             used=frozenset(self.state.reused.used),
         )
@@ -402,13 +439,10 @@ class Trainer:
             self.state.reused.cap /= 2
         return found
 
-    def _batch_rollouts(self, asks: Sequence[Ask], reuse: Plan) -> list[Rollout]:
-        """One rollout per ask: from the store where `reuse` says so, the others by streams of their own."""
-        missing = [ask for i, ask in enumerate(asks) if i not in reuse.taken]
-        sampled = self.collector.collect(self.task, missing, purpose="rl", step=self.state.step, key=(self.state.step,))
-        self.state.reused.used += reuse.taken.values()
-        fresh = iter(sampled)
-        return [self.store.scored[reuse.taken[i]] if i in reuse.taken else next(fresh) for i in range(len(asks))]
+    def _batch_rollouts(self, batch: Batch) -> list[Rollout]:
+        """One rollout per ask: from the store where the plan says so, the others fresh."""
+        fresh, taken = iter(self.collector.finish(batch.sampled)), batch.reuse.taken
+        return [self.store.scored[taken[i]] if i in taken else next(fresh) for i in range(len(batch.asks))]
 
     def _generate(self, conversations: Sequence[list[Message]]) -> list[Answer]:
         """Answers of the frozen base model, for the policy reflector."""

@@ -30,8 +30,8 @@ def test_one_prompt_and_no_slices_is_its_plain_mean() -> None:
 def test_scores_are_means_over_samples_by_prompt_and_problem() -> None:
     def rollout(prompt: str, problem: str, reward: float) -> Rollout:
         return Rollout(
-            Prompt(prompt), Problem(problem, {}), 0, "eval", (1,), (2,), (-1.0,), 0, SamplingParams(), "stop", "test",
-            "", Verdict(reward, ""),
+            Prompt(prompt), Problem(problem, {}), 0, "eval", (1,), (2,), (-1.0,), ((0, 1),), SamplingParams(), "stop",
+            "test", "", Verdict(reward, ""),
         )  # fmt: skip
 
     scores = mean_scores([rollout("p", "x", 1), rollout("p", "x", 0), rollout("p", "y", 1), rollout("q", "x", 0)])

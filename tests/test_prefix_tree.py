@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fst_fast import prefix_tree
+from fst_fast.errors import UserError
 from fst_fast.prefix_tree import PrefixTree, Ragged, Trie, _csrc, build, trie, trie_python
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple), min_size=1, max_size=25)
@@ -131,3 +135,12 @@ def test_a_sequence_outside_the_tokens_is_refused() -> None:
 
 def test_csrc_is_built_where_there_is_a_compiler() -> None:
     assert _csrc() is not None
+
+
+def test_a_library_built_from_older_code_is_one_sentence_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = importlib.util.find_spec("_ctypes")  # some library without our functions
+    monkeypatch.setattr(prefix_tree, "_library", [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: stale)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"_ctypes\S* is older than this code: install again"):
+            trie(Ragged.of([(1, 2)]))

@@ -151,7 +151,7 @@ def make_run(
                         "purpose": "rl",
                     }
                     | {"prompt_ids": [1] * 30, "response_ids": [5, 6, 7, 2], "logprobs": [-0.5, -0.25, -1.0, -0.01]}
-                    | {"policy_version": step + done, "sampling": {"temperature": 1.0}, "finish_reason": "stop"}
+                    | {"versions": [[step + done, 4]], "sampling": {"temperature": 1.0}, "finish_reason": "stop"}
                     | {"engine": "torch", "response": words(i + done, "[D,C,B,A];"), "parts": {"order": 1.0}}
                     | {"reward": float(draw.random() < reward), "feedback": words(i + 2, "expected [D,C,B,A];")}
                 )

@@ -41,7 +41,12 @@ RUNS: dict[str, dict[str, object]] = {
     "policy reflector": NOISE | {"mode": "fst"},
     # two batches an epoch: the third of a cycle meets problems again, whose stored rollouts are used up
     "reuse": NOISE | {"mode": "fst", "fast.reuse": True, "fast.every": 3, "rollout.problems": 8, "checkpoint-every": 1},
-}
+    # six responses at a time: some of those asked ahead are done, some begun and some waiting when the weights change
+    "lookahead": SMALL | {
+        "mode": "fst", "stream": "glyph:A@6", "rollout.lookahead": 1, "rollout.max-batch": 6, "fast.reuse": True,
+        "fast.every": 3, "eval.every": 3, "checkpoint-every": 3,
+    },
+}  # fmt: skip
 
 # Where each run is killed, one place after the other; calls are counted from each (re)start.
 KILLS = {
@@ -90,6 +95,10 @@ KILLS = {
         Kill("fst_fast.train:Trainer._generate", call=2, when="after"),
     ],
     "reuse": [Kill("fst_fast.train:Trainer._batch_rollouts", call=3, when="after")],
+    "lookahead": [
+        Kill("fst_fast.rollout.dispatch:Scheduler.load_weights", call=2, when="after"),  # with requests carried over
+        Kill("fst_fast.train:Trainer._batch_rollouts", call=5),
+    ],
 }
 
 Flags = Callable[[str, Path], list[str]]
@@ -165,6 +174,8 @@ def test_the_runs_that_are_killed_here_learn_in_each_of_their_channels(whole: Wh
         assert any("grad_norm" in r for r in kinds["step"]) == (settings["mode"] != "gepa"), run
         assert any(r["proposals"] for r in kinds["evolve"]) == (settings["mode"] != "rl"), run
         accepted += sum(r["accepted"] for r in kinds["evolve"])
+        spanning = [r["step"] - 1 for r in kinds["step"] if r.get("spanning")]
+        assert spanning == ([1, 2, 4, 5] if run == "lookahead" else []), run
     assert accepted > 2
 
 

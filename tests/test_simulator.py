@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import real
 from simulator import POLICIES, BlockCache, Hardware, Lengths, Policy, Result, Workload, make_step, optimum, simulate
 
 WORKLOADS = Path(__file__).parents[1] / "benchmarks" / "workloads"
@@ -132,3 +133,19 @@ def test_the_shipped_workloads_load(file: Path) -> None:
     workload = Workload.load(file)
     assert workload.group % workload.prompts == 0 or workload.prompts % workload.group == 0
     assert isinstance(simulate(replace(workload, steps=1, problems=2), OURS), Result)
+
+
+def test_a_workload_on_the_embedded_engine_is_sampled_whole_under_every_policy() -> None:
+    small = replace(SMALL, problems=6, problem_tokens=30, lengths=Lengths(12, 0.8, 0.5, 40), max_running=16)
+    rows = real.run(small, "torch", rounds=2, seed=0)
+    assert set(rows) == {"random", "problem-major", "prompt-major", "ours, any admission"}
+    sequences, _ = make_step(small, 0, 0)
+    longest = max(s.length for s in sequences)
+    for row in rows.values():
+        assert row["generated"] == sum(s.length for s in sequences)
+        assert row["asked"] == sum(len(s.prompt) for s in sequences)
+        assert row["steps"] >= max(longest, row["generated"] / 16)
+        # every prompt once, and under it every problem, but for first tokens that happen to be the same
+        assert 0 <= 4 * 200 + 24 * 30 - row["plan"] < 24
+        assert all(row["plan"] <= computed <= row["asked"] for computed in row["computed"])
+    assert rows["ours, any admission"]["hit_rate"] > rows["problem-major"]["hit_rate"]

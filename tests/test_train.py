@@ -56,7 +56,7 @@ def test_fst_learns_glyph_within_ten_steps_and_writes_all_of_it_down(tmp_path: P
             groups.setdefault((r["step"], r["problem_id"]), []).append(r)
     assert [len(g) for g in groups.values()] == [4] * 24 + [8] * (160 - 24)  # the others were scored, and reused
     assert all(len({r["prompt_id"] for r in g}) == 4 for g in groups.values())  # one group over all the prompts
-    assert {r["policy_version"] for r in spent if r["step"] == 7} == {7}
+    assert all(r["versions"] == [[7, len(r["response_ids"])]] for r in spent if r["step"] == 7)
     lineage = lines(run / "population.jsonl")
     accepted = [r for r in lineage if r.get("status") == "accepted"]
     assert accepted

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 from fst_fast.model import Model
 from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams
@@ -33,6 +36,19 @@ class Totals:
     gepa_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Rollouts under way: what `Collector.submit` gives, and `Collector.finish` takes once."""
+
+    task: Task
+    asks: list[Ask]
+    requests: list[Request]
+    purpose: Purpose
+    step: int
+    scoring: bool
+    versions: range  # of the weights that may sample them
+
+
 class Collector:
     """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one."""
 
@@ -47,6 +63,8 @@ class Collector:
     ):
         self.model, self.engine, self.store, self.totals = model, engine, store, totals
         self.sampling, self._seed = sampling, seed
+        self._ids = count()
+        self._done: dict[int, Completion] = {}  # finished, and not yet asked for
 
     def collect(
         self,
@@ -59,22 +77,47 @@ class Collector:
         scoring: bool = False,
     ) -> list[Rollout]:
         """One rollout per ask, in the order of `asks`. `scoring`: they score prompts on GEPA's scoring set."""
+        return self.finish(self.submit(task, asks, purpose=purpose, step=step, key=key, scoring=scoring))
+
+    def submit(
+        self,
+        task: Task,
+        asks: Sequence[Ask],
+        *,
+        purpose: Purpose,
+        step: int,
+        key: tuple[str | int, ...],
+        scoring: bool = False,
+        ahead: int = 0,
+    ) -> Asked:
+        """Queue a request per ask. `ahead`: they are for weights so many versions after the engine's, by which they
+        may begin; what is not finished when those are loaded is finished by them."""
+        version = self.engine.policy_version
         encoded: dict[tuple[str, str], tuple[int, ...]] = {}  # a chat template is applied once per (prompt, problem)
         requests = []
-        for i, ask in enumerate(asks):
+        for ask in asks:
             pair = (ask.prompt.text, ask.problem.id)
             if pair not in encoded:
                 encoded[pair] = self.model.encode_chat(task.messages(ask.prompt.text, ask.problem))
             seed = derive(self._seed, purpose, *key, ask.prompt.id, ask.problem.id, ask.sample)
             priority = FILLER if purpose == "gepa" else step
-            version = self.engine.policy_version
-            requests.append(Request(i, encoded[pair], self.sampling, seed, priority, version, ask.problem.id))
+            requests.append(
+                Request(next(self._ids), encoded[pair], self.sampling, seed, priority, version + ahead, ask.problem.id)
+            )
+        self.engine.submit(requests)
+        return Asked(task, list(asks), requests, purpose, step, scoring, range(version, version + ahead + 1))
+
+    def finish(self, asked: Asked) -> list[Rollout]:
+        """One rollout per ask, in their order, when all of them are done."""
+        done = self._drain(asked.requests)
+        if strangers := {v for c in done for v, _ in c.versions} - set(asked.versions):
+            raise RuntimeError(f"rollouts for weights {asked.versions} were sampled by weights {min(strangers)}")
         rollouts = [
-            self._rollout(task, ask, request, completion, purpose, scoring)
-            for ask, request, completion in zip(asks, requests, self._drain(requests), strict=True)
+            self._rollout(asked, ask, request, completion)
+            for ask, request, completion in zip(asked.asks, asked.requests, done, strict=True)
         ]
-        self.store.add(rollouts, step=step)
-        self._count(rollouts, purpose)
+        self.store.add(rollouts, step=asked.step)
+        self._count(rollouts, asked.purpose)
         return rollouts
 
     def complete(
@@ -86,11 +129,14 @@ class Collector:
         answered with a fault.
         """
         requests = [
-            Request(i, self.model.encode_chat(messages), sampling, derive(self._seed, "complete", *key, i))
+            Request(
+                next(self._ids), self.model.encode_chat(messages), sampling, derive(self._seed, "complete", *key, i)
+            )
             for i, messages in enumerate(conversations)
         ]
         room = self.model.context - sampling.max_new_tokens
         fitting = [r for r in requests if len(r.prompt_ids) <= room]
+        self.engine.submit(fitting)
         done = {c.id: c for c in self._drain(fitting)}
 
         def answer(r: Request) -> Answer:
@@ -103,31 +149,33 @@ class Collector:
         return [answer(r) for r in requests]
 
     def _drain(self, requests: list[Request]) -> list[Completion]:
-        self.engine.submit(requests)
-        done: dict[int, Completion] = {}
-        while self.engine.busy:
-            done.update((c.id, c) for c in self.engine.step())
-        return [done[r.id] for r in requests]
+        """Of these requests, in their order; what else finishes on the way is kept for those who asked."""
+        missing = {r.id for r in requests} - self._done.keys()
+        while missing:
+            if not self.engine.busy:
+                raise RuntimeError(f"the {self.engine.name} engine lost {len(missing)} of {len(requests)} requests")
+            for c in self.engine.step():
+                self._done[c.id] = c
+                missing.discard(c.id)
+        return [self._done.pop(r.id) for r in requests]
 
-    def _rollout(
-        self, task: Task, ask: Ask, request: Request, c: Completion, purpose: Purpose, scoring: bool
-    ) -> Rollout:
+    def _rollout(self, asked: Asked, ask: Ask, request: Request, c: Completion) -> Rollout:
         response = self.model.decode(c.response_ids)
         return Rollout(
             prompt=ask.prompt,
             problem=ask.problem,
             sample=ask.sample,
-            purpose=purpose,
+            purpose=asked.purpose,
             prompt_ids=request.prompt_ids,
             response_ids=c.response_ids,
             logprobs=c.logprobs,
-            policy_version=c.policy_version,
+            versions=c.versions,
             sampling=request.sampling,
             finish_reason=c.finish_reason,
             engine=self.engine.name,
             response=response,
-            verdict=task.verify(ask.problem, response),
-            scoring=scoring,
+            verdict=asked.task.verify(ask.problem, response),
+            scoring=asked.scoring,
         )
 
     def _count(self, rollouts: Sequence[Rollout], purpose: Purpose) -> None:
@@ -139,3 +187,15 @@ class Collector:
         if purpose == "gepa":
             self.totals.gepa_rollouts += len(rollouts)
             self.totals.gepa_tokens += tokens
+
+
+def version_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, Any]:
+    """Tokens by how many versions before `version` the weights were that sampled them; responses of several weights."""
+    ages: Counter[int] = Counter()
+    for r in rollouts:
+        for sampled_by, tokens in r.versions:
+            ages[version - sampled_by] += tokens
+    return {
+        "token_ages": {str(a): n for a, n in sorted(ages.items())},
+        "spanning": sum(len(r.versions) > 1 for r in rollouts),
+    }

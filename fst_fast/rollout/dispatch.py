@@ -215,6 +215,11 @@ class Scheduler:
     def step(self) -> list[Completion]:
         self._feed()
         done = []
+        if self.busy and not any(engine.busy for engine in self.engines):
+            raise RuntimeError(
+                f"{len(self.dispatcher)} requests neither run nor can start: an engine dropped them, or they are for "
+                f"weights after {self.policy_version + self.lookahead}"
+            )
         for i, engine in enumerate(self.engines):
             if engine.busy:
                 finished = engine.step()
@@ -228,7 +233,7 @@ class Scheduler:
     def abort(self, ids: Iterable[int]) -> list[Completion]:
         unwanted = set(ids) & self._given.keys()
         waiting = self.dispatcher.cancel(unwanted)
-        ended = [Completion(r.id, (), (), self.policy_version, "aborted") for r in waiting]
+        ended = [Completion(r.id, (), (), (), "aborted") for r in waiting]
         ended += [c for engine in self.engines for c in engine.abort(unwanted)]
         for i in unwanted:
             del self._given[i]
@@ -261,7 +266,7 @@ class Scheduler:
             c,
             response_ids=begun.response_ids + c.response_ids,
             logprobs=begun.logprobs + c.logprobs,
-            policy_version=begun.policy_version if begun.response_ids else c.policy_version,
+            versions=begun.versions + c.versions,
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fst_fast.model import Model
-from fst_fast.records import FinishReason, SamplingParams
+from fst_fast.records import FinishReason, SamplingParams, Versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +25,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished response. `logprobs` are those of the distribution really sampled from, temperature included.
-
-    `policy_version` is that of the weights that sampled it; of the oldest, when they changed on the way.
-    """
+    """A finished response. `logprobs` are those of the distribution really sampled from, temperature included, by the
+    weights that `versions` names for each token: an engine's own all have one, a Scheduler's may span several."""
 
     id: int
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    policy_version: int
+    versions: Versions
     finish_reason: FinishReason
 
 

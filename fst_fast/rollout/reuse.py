@@ -149,8 +149,9 @@ def eligible(asks: Sequence[Ask], stored: Mapping[int, Rollout], rule: Rule) -> 
             "population": (r.prompt, r.problem.id) not in wanted,
             "used": i in rule.used,
             "sampling": r.sampling != rule.sampling,
-            "stale": not rule.oldest <= r.policy_version <= rule.version,
-            "incomplete": r.finish_reason == "aborted" or len(r.logprobs) != len(r.response_ids),
+            "stale": r.policy_version < rule.oldest or r.newest_version > rule.version,
+            "incomplete": r.finish_reason == "aborted"
+            or not len(r.response_ids) == len(r.logprobs) == sum(tokens for _, tokens in r.versions),
         }
         return next((reason for reason, refused in checks.items() if refused), "")
 
@@ -264,7 +265,7 @@ def _record(r: Rollout) -> dict[str, object]:
         "prompt_ids": r.prompt_ids,
         "response_ids": r.response_ids,
         "logprobs": r.logprobs,
-        "policy_version": r.policy_version,
+        "versions": r.versions,
         "sampling": asdict(r.sampling),
         "finish_reason": r.finish_reason,
         "engine": r.engine,
@@ -285,7 +286,7 @@ def _rollout(record: Mapping[str, Any], problem: Problem) -> Rollout:
         prompt_ids=tuple(record["prompt_ids"]),
         response_ids=tuple(record["response_ids"]),
         logprobs=tuple(record["logprobs"]),
-        policy_version=record["policy_version"],
+        versions=tuple((version, tokens) for version, tokens in record["versions"]),
         sampling=SamplingParams(**record["sampling"]),
         finish_reason=record["finish_reason"],
         engine=record["engine"],

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fst_fast.prefix_tree import Ragged, trie
-from fst_fast.rollout.engine import Request
 
 PREFILL = 0.2  # time of a prefilled token in decoded tokens (Qwen3-8B on an H100 at a batch of 64: .03 against .16 ms)
 SIGMAS = 3.0  # of safety at admission: least makespan in benchmarks/rollouts.py; 0 pre-empts as much as no admission
@@ -37,12 +36,6 @@ class Plan:
 
     units: list[Unit]
     node_tokens: list[int]
-
-
-def order(requests: Sequence[Request]) -> list[Request]:
-    """Requests by priority and then depth-first along the trie of their prompts."""
-    found = plan([r.prompt_ids for r in requests], [r.priority for r in requests])
-    return [requests[i] for unit in found.units for i in unit.requests]
 
 
 def plan(

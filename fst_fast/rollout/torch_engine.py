@@ -66,7 +66,7 @@ class TorchEngine:
 
     def abort(self, ids: Iterable[int]) -> list[Completion]:
         unwanted = set(ids)
-        ended = [Completion(r.id, (), (), self.policy_version, "aborted") for r in self._waiting if r.id in unwanted]
+        ended = [Completion(r.id, (), (), (), "aborted") for r in self._waiting if r.id in unwanted]
         self._waiting = deque(r for r in self._waiting if r.id not in unwanted)
         return ended + self._retire({i: "aborted" for i, r in enumerate(self._running) if r.request.id in unwanted})
 
@@ -159,7 +159,13 @@ class TorchEngine:
 
     def _retire(self, ended: dict[int, FinishReason]) -> list[Completion]:
         out = [
-            Completion(run.request.id, tuple(run.ids), tuple(run.logprobs), self.policy_version, ended[i])
+            Completion(
+                run.request.id,
+                tuple(run.ids),
+                tuple(run.logprobs),
+                ((self.policy_version, len(run.ids)),),
+                ended[i],
+            )
             for i, run in enumerate(self._running)
             if i in ended
         ]

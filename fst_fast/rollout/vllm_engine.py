@@ -166,7 +166,8 @@ class VllmEngine:
 
     def _end(self, id: int, reason: FinishReason) -> Completion:
         got = self._live.pop(id)
-        return Completion(id, tuple(got.ids), tuple(got.logprobs), self.policy_version, reason)
+        versions = ((self.policy_version, len(got.ids)),) if got.ids else ()
+        return Completion(id, tuple(got.ids), tuple(got.logprobs), versions, reason)
 
     def _sampling_params(self, r: Request) -> Any:
         from vllm import SamplingParams

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .blocks import Ask, Measures, Multiplier, join, slopes_of
-from .library import path_of
+from .library import load
 from .objective import PolicyRows
 from .types import Head, Logits
 
-NOT_BUILT = "fst_kernels._csrc is not built (no C++ compiler at install, or newer code since?)"
+NOT_BUILT = "fst_kernels._csrc is not built or from older code (install again, with a C++ compiler)"
 LEVELS = "baseline", "avx2", "avx512"
 TILE_LOGITS = 2**21  # of a forward pass without gradient: 8 MiB
 TILE_ROWS = 1024
@@ -59,8 +59,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Library:
-    def __init__(self, path: str) -> None:
-        library = ctypes.CDLL(path)
+    def __init__(self, library: ctypes.CDLL) -> None:
         self.measure, self.gradient = library.fst_rows_measure, library.fst_rows_gradient
         for function in (self.measure, self.gradient):
             function.argtypes = [ctypes.POINTER(_Rows), ctypes.c_int, ctypes.c_int]
@@ -69,12 +68,8 @@ class _Library:
         self.level = self.best_level  # index into LEVELS; tests lower it
 
 
-def _load() -> _Library | None:
-    path = path_of("_csrc", "fst_rows_bytes", _Rows)
-    return None if path is None else _Library(path)
-
-
-LIBRARY = _load()  # None where the install had no compiler, or is older than this code
+# None where the install had no compiler, or is older than this code
+LIBRARY = load("_csrc", "fst_rows_bytes", _Rows, _Library)
 
 
 # ---- the softmax of a block of rows --------------------------------------------------------------------------------

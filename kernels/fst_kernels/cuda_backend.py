@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Ask, Measures
-from .library import path_of
+from .library import load
 from .objective import KINDS, PolicyRows
 from .row_arguments import row_arguments
 from .types import Logits
@@ -66,8 +66,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Library:
-    def __init__(self, path: str) -> None:
-        library = ctypes.CDLL(path)
+    def __init__(self, library: ctypes.CDLL) -> None:
         self.cluster_size, self._launch = library.fst_cluster_size, library.fst_cluster_rows
         self._error = library.fst_cluster_error
         self.cluster_size.argtypes = [ctypes.c_int, ctypes.c_int]
@@ -80,12 +79,8 @@ class _Library:
             raise RuntimeError(f"the CUDA row kernel did not start (clusters of {cluster} blocks): {reason}")
 
 
-def _load() -> _Library | None:
-    path = path_of("_cuda", "fst_cluster_bytes", _Rows)
-    return None if path is None else _Library(path)
-
-
-LIBRARY = _load()  # None where the install did not ask for it, or had no nvcc
+# None where the install did not ask for it or had no nvcc, or is older than this code
+LIBRARY = load("_cuda", "fst_cluster_bytes", _Rows, _Library)
 
 
 def _is_hopper(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ Answer = Callable[[Prompt, Problem], tuple[str, Verdict]]
 
 def rollout(prompt: Prompt, problem: Problem, response: str, verdict: Verdict) -> Rollout:
     return Rollout(
-        prompt, problem, 0, "gepa", (), (), (), 0, SamplingParams(), "stop", "toy", response=response, verdict=verdict
+        prompt, problem, 0, "gepa", (), (), (), (), SamplingParams(), "stop", "toy", response=response, verdict=verdict
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fst_kernels import blocks, cpu_backend, linear_policy_loss, linear_token_logprobs, reference
 from fst_kernels.blocks import Ask, Measures
-from fst_kernels.library import path_of
+from fst_kernels.library import load
 from fst_kernels.types import Logits
 
 Fixture = Callable[..., Any]
@@ -149,10 +149,12 @@ def test_an_extension_built_from_other_code_is_not_used() -> None:
     class Wider(ctypes.Structure):
         _fields_ = (*cpu_backend._Rows._fields_, ("added", ctypes.c_int64))
 
-    assert path_of("_csrc", "fst_rows_bytes", cpu_backend._Rows) is not None
-    assert path_of("_csrc", "fst_rows_bytes", Wider) is None
-    assert path_of("_csrc", "fst_rows_of_the_future", cpu_backend._Rows) is None
-    assert path_of("_never_built", "fst_rows_bytes", cpu_backend._Rows) is None
+    own = cpu_backend._Library
+    assert load("_csrc", "fst_rows_bytes", cpu_backend._Rows, own) is not None
+    assert load("_csrc", "fst_rows_bytes", Wider, own) is None
+    assert load("_csrc", "fst_rows_of_the_future", cpu_backend._Rows, own) is None
+    assert load("_csrc", "fst_rows_bytes", cpu_backend._Rows, lambda library: library.fst_of_the_future) is None
+    assert load("_never_built", "fst_rows_bytes", cpu_backend._Rows, own) is None
 
 
 def test_it_refuses_what_it_cannot_take(make_problem: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:

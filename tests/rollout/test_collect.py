@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from fst_fast.model import Model, load_model
-from fst_fast.records import Problem, Prompt, SamplingParams
-from fst_fast.rollout.collect import Ask, Collector, Totals
+from fst_fast.records import Problem, Prompt, Rollout, SamplingParams
+from fst_fast.rollout.collect import Ask, Collector, Totals, version_metrics
+from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.rollout.torch_engine import TorchEngine
 from fst_fast.tasks.glyph import GlyphTask
@@ -47,6 +50,7 @@ def test_rollouts_come_in_the_order_asked_scored_and_on_disk(model: Model, tmp_p
     for line, r in zip(lines, rollouts, strict=True):
         assert tuple(line["response_ids"]) == r.response_ids
         assert tuple(line["logprobs"]) == r.logprobs
+        assert line["versions"] == [[0, len(r.response_ids)]]
         assert line["feedback"] == r.verdict.feedback
         assert (line["step"], line["purpose"], line["prompt_id"]) == (3, "rl", r.prompt.id)
 
@@ -98,3 +102,99 @@ def test_room_is_what_the_context_leaves_after_a_full_answer(model: Model) -> No
     task = GlyphTask("A", 0)
     messages = task.messages(PROMPTS[0].text, task.train[0])
     assert model.room(messages, 20) == model.context - len(model.encode_chat(messages)) - 20
+
+
+# ------------------------------------------------------------------------------------------------------ asked ahead
+
+
+@pytest.fixture
+def ahead(tmp_path: Path) -> Collector:
+    """A door to few places, so that what is asked ahead is still waiting, running and done when weights change."""
+    model = load_model("")
+    scheduler = Scheduler([TorchEngine(model, max_batch=12)], lookahead=1)
+    return Collector(model, scheduler, RolloutStore(tmp_path), Totals(), SamplingParams(1.0, 20), seed=5)
+
+
+def change(door: Collector, version: int) -> None:
+    with torch.no_grad():
+        for p in door.model.lm.parameters():
+            p.mul_(1.02)
+    door.engine.load_weights(door.model, version)
+
+
+def responses(rollouts: list[Rollout]) -> list[tuple[int, ...]]:
+    return [r.response_ids for r in rollouts]
+
+
+def test_the_next_step_fills_the_tail_and_each_response_is_given_once_to_the_step_it_is_for(ahead: Collector) -> None:
+    task, wanted = GlyphTask("A", 0), asks(GlyphTask("A", 0))
+    steps: list[list[Rollout]] = []
+    under_way = ahead.submit(task, wanted, purpose="rl", step=0, key=(0,))
+    for step in range(4):
+        following = ahead.submit(task, wanted, purpose="rl", step=step + 1, key=(step + 1,), ahead=1)
+        steps.append(ahead.finish(under_way))
+        change(ahead, step + 1)
+        under_way = following
+    steps.append(ahead.finish(under_way))
+    assert not ahead.engine.busy
+    assert not ahead._done
+    for step, rollouts in enumerate(steps):
+        assert [(r.prompt, r.problem.id, r.sample) for r in rollouts] == [
+            (a.prompt, a.problem.id, a.sample) for a in wanted
+        ]
+        for r in rollouts:
+            assert {v for v, _ in r.versions} <= {step - 1, step} - {-1}
+            assert sum(n for _, n in r.versions) == len(r.response_ids) == len(r.logprobs)
+        metrics = version_metrics(rollouts, step)
+        assert sum(metrics["token_ages"].values()) == sum(len(r.response_ids) for r in rollouts)
+        if step:
+            assert set(metrics["token_ages"]) == {"0", "1"}
+            assert metrics["spanning"] > 0
+            assert {r.versions[0][0] for r in rollouts} == {step - 1, step}  # some had begun, and some not
+    lines = [json.loads(line) for line in ahead.store.path.read_text().splitlines()]
+    assert Counter(line["step"] for line in lines) == {step: len(wanted) for step in range(5)}
+    assert ahead.totals.rollouts == 5 * len(wanted)
+    assert ahead.totals.tokens == sum(len(line["response_ids"]) for line in lines)
+    assert ahead.engine.stats.generated_tokens == ahead.totals.tokens
+
+
+def test_what_is_under_way_changes_nothing_for_evaluations_and_gepa(ahead: Collector, tmp_path: Path) -> None:
+    task, wanted = GlyphTask("A", 0), asks(GlyphTask("A", 0))
+    alone = [
+        collector(ahead.model, tmp_path / "alone").collect(task, wanted, purpose=p, step=0, key=(0,)) for p in PURPOSES
+    ]
+    under_way = ahead.submit(task, wanted, purpose="rl", step=1, key=(1,), ahead=1)
+    ahead.engine.step()
+    beside = [ahead.collect(task, wanted, purpose=p, step=0, key=(0,)) for p in PURPOSES]
+    assert [responses(r) for r in beside] == [responses(r) for r in alone]
+    assert {r.purpose for r in ahead.finish(under_way)} == {"rl"}
+
+
+PURPOSES = ("eval", "gepa")
+
+
+def test_a_request_that_an_engine_dropped_is_an_error_and_no_endless_wait(ahead: Collector) -> None:
+    task, wanted = GlyphTask("A", 0), asks(GlyphTask("A", 0))
+    under_way = ahead.submit(task, wanted, purpose="rl", step=0, key=(0,))
+    following = ahead.submit(task, wanted, purpose="rl", step=1, key=(1,), ahead=1)
+    assert isinstance(ahead.engine, Scheduler)
+    ahead.engine.engines[0].abort([under_way.requests[3].id])
+    with pytest.raises(RuntimeError, match="1 requests neither run nor can start: an engine dropped them"):
+        ahead.finish(under_way)
+    ahead.engine.abort([under_way.requests[3].id])
+    with pytest.raises(RuntimeError, match="torch engine lost 1 of 16 requests"):
+        ahead.finish(under_way)
+    assert len(ahead.finish(following)) == len(wanted)
+
+
+def test_nothing_by_older_weights_than_agreed_reaches_the_trainer(ahead: Collector) -> None:
+    task, wanted = GlyphTask("A", 0), asks(GlyphTask("A", 0))
+    under_way = ahead.submit(task, wanted, purpose="rl", step=1, key=(1,), ahead=1)
+    ahead.engine.step()
+    for version in (1, 2):
+        change(ahead, version)
+    with pytest.raises(RuntimeError, match="were sampled by weights 2"):
+        ahead.finish(under_way)
+    waiting = ahead.submit(task, wanted, purpose="rl", step=9, key=(9,), ahead=2)
+    with pytest.raises(RuntimeError, match="are for weights after 3"):
+        ahead.finish(waiting)

@@ -10,10 +10,10 @@ from fst_fast.model import Model
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.dispatch import Dispatcher, Scheduler, _rest
 from fst_fast.rollout.engine import Completion, Request
-from fst_fast.rollout.schedule import FILLER, order
+from fst_fast.rollout.schedule import FILLER
 from fst_fast.rollout.torch_engine import TorchEngine
 from tests.models import tiny
-from tests.rollout.test_torch_engine import drain, error_of, exact_logprobs, requests_on
+from tests.rollout.test_torch_engine import drain, error_of, exact_logprobs, order, requests_on
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,13 @@ def test_interrupted_by_new_weights_each_token_has_the_logprob_of_the_weights_th
         assert not set(new) & set(done)
         assert set(new) | set(done) == {r.id for r in requests}
         by_id = {r.id: r for r in requests}
-        spanning = [c for c in new.values() if c.policy_version == 0]
+        spanning = [c for c in new.values() if len(c.versions) == 2]
         assert spanning
-        assert {c.policy_version for c in new.values()} == {0, 1}
+        for c in new.values():
+            n = len(c.response_ids)
+            assert c.versions == (((0, 4), (1, n - 4)) if c in spanning else ((1, n),))
+        assert len(spanning) < len(new)
+        assert all(c.versions == ((0, len(c.response_ids)),) for c in done.values())
         under_new = {c.id: exact_logprobs(model, by_id[c.id], c.response_ids) for c in new.values()}
         new_weights = [p.detach().clone() for p in model.lm.parameters()]
         restore(model, old_model)
@@ -116,7 +120,7 @@ def test_interrupted_by_new_weights_each_token_has_the_logprob_of_the_weights_th
         for c in new.values():
             said = torch.tensor(c.logprobs, dtype=torch.float64)
             assert len(c.response_ids) <= by_id[c.id].sampling.max_new_tokens
-            kept = 4 if c.policy_version == 0 else 0
+            kept = 4 if c in spanning else 0
             old, young = (said - under_old[c.id])[:kept], (said - under_new[c.id])[kept:]
             assert torch.cat([old, young]).abs().max() < 2e-5
         wrong = max(float((torch.tensor(c.logprobs) - under_new[c.id])[:4].abs().max()) for c in spanning)
@@ -128,10 +132,10 @@ def test_interrupted_by_new_weights_each_token_has_the_logprob_of_the_weights_th
 
 def test_what_is_left_of_a_request_has_draws_of_its_own() -> None:
     requests = [asked(i) for i in range(50)]
-    begun = [Completion(r.id, (5, 6), (-1.0, -1.0), 0, "aborted") for r in requests]
+    begun = [Completion(r.id, (5, 6), (-1.0, -1.0), ((0, 2),), "aborted") for r in requests]
     seeds = {_rest(r, c, v).seed for r, c in zip(requests, begun, strict=True) for v in (1, 2)}
     assert len(seeds | {r.seed for r in requests}) == 150
-    untouched = Completion(0, (), (), 0, "aborted")
+    untouched = Completion(0, (), (), (), "aborted")
     assert _rest(requests[0], untouched, 1) == requests[0]
 
 
@@ -192,5 +196,5 @@ def test_weights_that_change_on_an_idle_scheduler_are_simply_loaded(model: Model
     requests = requests_on(model)[:4]
     scheduler.submit(requests)
     done = run(scheduler)
-    assert {c.policy_version for c in done.values()} == {7}
+    assert all(c.versions == ((7, len(c.response_ids)),) for c in done.values())
     assert error_of(model, requests, done) < 2e-5

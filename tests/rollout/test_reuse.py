@@ -36,7 +36,7 @@ def asks(over: Sequence[Problem], *, size: int = 8) -> list[Ask]:
 def scored(prompt: Prompt, problem: Problem, reward: float = 0.0) -> Rollout:
     """A rollout that scored its prompt, by version 5 of the weights."""
     return Rollout(
-        prompt, problem, 0, "gepa", (1,), (2, 3), (-1.0, -2.0), 5, SAMPLING, "stop", "test", "",
+        prompt, problem, 0, "gepa", (1,), (2, 3), (-1.0, -2.0), ((5, 2),), SAMPLING, "stop", "test", "",
         Verdict(reward, ""), scoring=True,
     )  # fmt: skip
 
@@ -137,10 +137,15 @@ def test_each_condition_refuses_by_its_name() -> None:
         "minibatch": {"scoring": False},
         "population": {"prompt": Prompt("gone")},
         "sampling": {"sampling": SamplingParams(1.0, 21)},
-        "stale": {"policy_version": 1},
+        "stale": {"versions": ((1, 1), (5, 1))},  # the oldest token counts
         "incomplete": {"logprobs": (-1.0,)},
     }
-    cases = [*changes.items(), ("incomplete", {"finish_reason": "aborted"})]
+    cases = [
+        *changes.items(),
+        ("incomplete", {"finish_reason": "aborted"}),
+        ("incomplete", {"versions": ((5, 1),)}),
+        ("stale", {"versions": ((5, 1), (8, 1))}),  # by weights yet to come
+    ]
     for reason, change in cases:
         spare = dict(enumerate((replace(r, sample=1, **change) for r in good.values()), start=100))  # type: ignore[arg-type]
         assert eligible(wanted, good | spare, rule(over)) == (good, {reason: len(spare)}), reason
@@ -243,7 +248,7 @@ def test_metrics_tell_reused_from_fresh() -> None:
     rollouts = [
         replace(stored[found.taken[i]], verdict=Verdict(1.0, ""))
         if i in found.taken
-        else replace(scored(a.prompt, a.problem, float(a.problem.id == "x0")), purpose="rl", policy_version=7)
+        else replace(scored(a.prompt, a.problem, float(a.problem.id == "x0")), purpose="rl", versions=((7, 2),))
         for i, a in enumerate(wanted)
     ]
     logs = [(r, torch.full((2,), 0.1 if r.purpose == "gepa" else 0.0)) for r in rollouts]
@@ -263,7 +268,9 @@ def test_the_store_reads_back_what_was_scored_and_nothing_else(tmp_path: Path) -
     store = RolloutStore(tmp_path)
     store.add([scored(PROMPTS[0], over[0])], step=0)
     start = store.offset
-    odd = replace(scored(Prompt('\ud800 \u2028 ,"crc":"'), over[1], 0.5), logprobs=(-1 / 3, -1e-30))
+    odd = replace(
+        scored(Prompt('\ud800 \u2028 ,"crc":"'), over[1], 0.5), logprobs=(-1 / 3, -1e-30), versions=((4, 1), (5, 1))
+    )
     store.add([odd, replace(odd, scoring=False), scored(PROMPTS[1], over[2])], step=1)
     kept = dict(store.scored)
     offset, count = store.offset, store.count
@@ -274,6 +281,7 @@ def test_the_store_reads_back_what_was_scored_and_nothing_else(tmp_path: Path) -
     again = RolloutStore(tmp_path, offset=offset, count=count)
     again.read_back({x.id: x for x in over}, start=start)
     assert again.scored == {i: r for i, r in kept.items() if i > 0}
+    assert [(r.policy_version, r.newest_version) for r in again.scored.values()] == [(4, 5), (5, 5)]
     again.close()
 
 

@@ -8,7 +8,7 @@ import torch
 from fst_fast.model import Model
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
-from fst_fast.rollout.schedule import order
+from fst_fast.rollout.schedule import plan
 from fst_fast.rollout.torch_engine import TorchEngine
 from tests.models import FAMILIES, tiny
 
@@ -29,6 +29,12 @@ def requests_on(model: Model, *, temperature: float = 0.7, samples: int = 2, new
         for i, c in enumerate(contexts)
         for s in range(samples)
     ]
+
+
+def order(requests: list[Request]) -> list[Request]:
+    """By priority, and then depth-first along the trie of their prompts."""
+    found = plan([r.prompt_ids for r in requests], [r.priority for r in requests])
+    return [requests[i] for unit in found.units for i in unit.requests]
 
 
 def drain(engine: RolloutEngine, requests: list[Request]) -> dict[int, Completion]:
@@ -109,7 +115,7 @@ def test_after_a_weight_change_nothing_old_is_sampled_from(model: Model) -> None
         after = drain(engine, requests)
         assert error_of(model, requests, after) < 2e-5
         assert error_of(model, requests, before) > 1e-3  # the check sees stale numbers
-        assert {c.policy_version for c in after.values()} == {7}
+        assert all(c.versions == ((7, len(c.response_ids)),) for c in after.values())
     finally:
         with torch.no_grad():
             for p in model.lm.parameters():
@@ -138,7 +144,7 @@ def test_abort_returns_what_there_is_and_leaves_the_others_alone(model: Model) -
     aborted = {c.id: c for c in engine.abort(unwanted)}
     assert set(aborted) == set(unwanted)
     assert {c.finish_reason for c in aborted.values()} == {"aborted"}
-    assert {len(c.response_ids) for c in aborted.values()} == {0, 3}  # waiting, running
+    assert {c.versions for c in aborted.values()} == {(), ((0, 3),)}  # waiting, running
     while engine.busy:
         done.update((c.id, c) for c in engine.step())
     assert {i: c.response_ids for i, c in done.items()} == {i: alone[i].response_ids for i in done}

@@ -8,8 +8,8 @@ from fst_fast.slow.advantage import EPSILON, advantages, group_by_problem, has_s
 
 def rollout(problem: str, prompt: str, reward: float) -> Rollout:
     return Rollout(
-        Prompt(prompt), Problem(problem, {}), 0, "rl", (1,), (2,), (-1.0,), 0, SamplingParams(), "stop", "test", "",
-        Verdict(reward, ""),
+        Prompt(prompt), Problem(problem, {}), 0, "rl", (1,), (2,), (-1.0,), ((0, 1),), SamplingParams(), "stop", "test",
+        "", Verdict(reward, ""),
     )  # fmt: skip
 
 

@@ -14,6 +14,9 @@ import torch
 from fst_fast.config import SlowConfig
 from fst_fast.model import Model, load_model
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
+from fst_fast.rollout.dispatch import Scheduler
+from fst_fast.rollout.engine import Request
+from fst_fast.rollout.torch_engine import TorchEngine
 from fst_fast.slow.advantage import advantages, group_by_problem, has_signal
 from fst_fast.slow.learner import Learner, token_kl
 from fst_fast.slow.policy import Policy, micro_batches, response_hidden
@@ -47,7 +50,7 @@ def make_groups(model: Model, *, problems: int = 3, size: int = 4, temperature: 
             context, response = draw(rng.randint(3, 20)), draw(rng.randint(1, 9))
             reward = 1.0 if x == problems - 1 else float(i % 2)
             rollout = Rollout(
-                Prompt(f"p{i % 2}"), Problem(f"x{x}", {}), i, "rl", context, response, (), 0,
+                Prompt(f"p{i % 2}"), Problem(f"x{x}", {}), i, "rl", context, response, (), ((0, len(response)),),
                 SamplingParams(temperature), "stop", "test", "", Verdict(reward, ""),
             )  # fmt: skip
             with torch.no_grad():
@@ -249,3 +252,44 @@ def test_micro_batches_count_the_longer_of_two_contexts(model: Model) -> None:
     long = [(1,) * 50] * len(rollouts)
     assert max(map(len, micro_batches(rollouts, 120, long))) == 2
     assert max(map(len, micro_batches(rollouts, 120))) > 2
+
+
+def test_rho_of_a_response_that_spans_weights_is_against_each_tokens_own_behaviour(model: Model, base: Model) -> None:
+    policy = Policy(copy.deepcopy(model), replace(CONFIG, lr=1e-2))
+    sampling, prompt = SamplingParams(0.8, 12), (9, 8, 7, 6, 5)
+    scheduler = Scheduler([TorchEngine(policy.model)], lookahead=1)
+    scheduler.submit([Request(i, prompt, sampling, seed=i, policy_version=1) for i in range(8)])
+    done = [c for _ in range(5) for c in scheduler.step()]
+    weights = [copy.deepcopy(policy.model)]
+    for _ in range(2):  # weights 1, which sample the rest, and weights 2, which are trained
+        Learner(policy, base, policy.config).step(make_groups(model), random.Random(0))
+        weights.append(copy.deepcopy(policy.model))
+        if len(weights) == 2:
+            scheduler.load_weights(policy.model, 1)
+            while scheduler.busy:
+                done += scheduler.step()
+    rollouts = [
+        Rollout(
+            Prompt("p"), Problem("x", {}), c.id, "rl", prompt, c.response_ids, c.logprobs, c.versions, sampling,
+            c.finish_reason, "torch", "", Verdict(float(c.id % 2), ""),
+        )
+        for c in done
+    ]  # fmt: skip
+    assert any(r.versions == ((0, 5), (1, 7)) for r in rollouts)
+    exact = [copy.deepcopy(m) for m in weights]
+    for m in exact:
+        m.lm.to(torch.float64)
+    learner = Learner(policy, base, policy.config)
+    before = learner.log_ratios(rollouts)
+    trained = learner.step(group_by_problem(rollouts), random.Random(0)).log_ratios
+    by_sample = {r.sample: seen for r, seen in trained}
+    wrong = 0.0
+    for r, planned in zip(rollouts, before, strict=True):
+        with torch.no_grad():
+            chosen = [logprobs64(m, r).gather(1, torch.tensor(r.response_ids)[:, None])[:, 0] for m in exact]
+        number = torch.tensor([version for version, tokens in r.versions for _ in range(tokens)])
+        behaviour = torch.stack(chosen)[number, torch.arange(len(number))]
+        for found in (planned, by_sample[r.sample]):
+            assert torch.allclose(found.double(), chosen[2] - behaviour, atol=1e-4)
+        wrong = max(wrong, float((chosen[0] - behaviour).abs().max()))
+    assert wrong > 1e-2  # one version for all tokens would show

@@ -21,10 +21,9 @@ from fst_fast.prefix_tree import build
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.engine import Completion, Request
-from fst_fast.rollout.schedule import order
 from fst_fast.rollout.vllm_engine import VllmEngine
 from tests.models import FAMILIES, tiny
-from tests.rollout.test_torch_engine import drain, error_of
+from tests.rollout.test_torch_engine import drain, error_of, order
 
 pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm tests it in an environment of its own")
 
@@ -113,7 +112,7 @@ def test_logprobs_are_the_trainers_after_each_of_five_weight_updates(model: Mode
             change(model, version)
         engine.load_weights(model, version)
         done = drain(engine, requests)
-        assert {c.policy_version for c in done.values()} == {version}
+        assert all(c.versions == ((version, len(c.response_ids)),) for c in done.values())
         assert error_of(model, requests, done) < 1e-5
         if stale:
             assert error_of(model, requests, stale) > 1e-3  # the comparison sees the weights of one update ago
@@ -378,6 +377,22 @@ def test_what_vllm_cannot_serve_is_told_in_a_sentence(qwen: Model) -> None:
         VllmEngine(SimpleNamespace(device=torch.device("cuda:1")))  # type: ignore[arg-type]
 
 
+def test_the_real_benchmark_computes_what_the_plan_says_and_more_in_other_orders(tmp_path: Path) -> None:
+    shipped = json.loads((ROOT / "benchmarks" / "workloads" / "real.json").read_text())
+    (tmp_path / "small.json").write_text(json.dumps(shipped | {"problems": 8, "cache_blocks": 60}))
+    command = [sys.executable, "benchmarks/rollouts.py", "--real", "--engine", "vllm", "--rounds", "1"]
+    files = ["--workload", tmp_path / "small.json", "--json", tmp_path / "out.json"]
+    subprocess.run([*command, *map(str, files)], cwd=ROOT, check=True, timeout=600)
+    rows = json.loads((tmp_path / "out.json").read_text())["policies"]
+    assert len({(row["asked"], row["generated"], row["plan"]) for row in rows.values()}) == 1
+    for ordered in ("prompt-major", "ours, any admission"):
+        assert abs(rows[ordered]["of_plan"] - 1) < 0.02
+    assert rows["random"]["of_plan"] > 1.2
+    assert rows["random"]["preemptions"] > 0
+    assert rows["random"]["repeated"] > 0
+    assert rows["ours"]["preemptions"] == rows["ours"]["repeated"] == 0
+
+
 def test_a_training_run_by_the_command_line(tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = {
@@ -396,5 +411,29 @@ def test_a_training_run_by_the_command_line(tmp_path: Path) -> None:
         assert s["cached_prompt_tokens"] > 0.5 * s["prompt_tokens"]
     rollouts = [json.loads(line) for line in (run / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
     assert {r["engine"] for r in rollouts} == {"vllm"}
-    assert {(r["step"], r["policy_version"]) for r in rollouts if r["purpose"] == "rl"} == {(i, i) for i in range(4)}
+    spent = [r for r in rollouts if r["purpose"] == "rl"]
+    assert {r["step"] for r in spent} == set(range(4))
+    assert all(r["versions"] == [[r["step"], len(r["response_ids"])]] for r in spent)
     assert max(line["kl"] for line in lines if line["kind"] == "eval") > 1e-3  # the weights moved, and ρ stayed 1
+
+
+def test_a_training_run_that_asks_ahead_carries_what_is_under_way_over_each_weight_change(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = {
+        "rollout.engine": "vllm", "mode": "rl", "stream": "jsonl:tests/data/noise.jsonl@4", "run-dir": run,
+        "jsonl.verifier": "regex", "slow.lr": 1e-3, "eval.every": 4, "eval.problems": 2, "eval.samples": 1,
+        "rollout.lookahead": 1, "rollout.max-batch": 20, "rollout.problems": 6, "slow.minibatches": 1,
+        "tensorboard": False, "progress": False,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "fst_fast.train", *(word for k, v in flags.items() for word in (f"--{k}", str(v)))]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [set(s["token_ages"]) for s in steps] == [{"0"}] + [{"0", "1"}] * 3
+    assert all(s["spanning"] > 0 for s in steps[1:])
+    assert steps[0]["ratio"] == pytest.approx(1, abs=1e-4)
+    assert all(1e-6 < s["k3"] < 0.1 for s in steps[1:])  # weights one step apart
+    rollouts = [json.loads(line) for line in (run / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
+    spent = [r for r in rollouts if r["purpose"] == "rl"]
+    assert len({(r["step"], r["problem_id"], r["sample"]) for r in spent}) == len(spent) == 4 * 6 * 8
+    assert all(r["step"] - 1 <= v <= r["step"] for r in spent for v, _ in r["versions"])
