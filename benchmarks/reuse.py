@@ -2,8 +2,8 @@
 
     python benchmarks/reuse.py [--seeds 0,1,2] [--streams plain,sliced] [--out runs/reuse] [--json FILE]
 
-Two scoring sets: the default's 24 problems, and the paper's, all of the next T batches (160 here). Interrupted, the same
-command goes on. Token counts are exact; the curves are as good as their evaluations of 128 samples.
+Two scoring sets: the default's 24 problems, and the paper's, all of the next T batches (160 here). Interrupted, the
+same command goes on. Token counts are exact; the curves are as good as their evaluations of 128 samples.
 """
 
 from __future__ import annotations

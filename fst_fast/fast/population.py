@@ -50,8 +50,9 @@ def distinct(members: Sequence[Member]) -> list[Member]:
 def greedy_coverage(scores: np.ndarray, k: int, seen: np.ndarray, among: np.ndarray) -> np.ndarray:
     """The members that together solve the most, once for each of several worlds.
 
-    scores [members, problems]; seen [worlds, problems] bool, the problems that count in a world; among [worlds, members]
-    bool, who stands for choice there. Returns members [worlds, k] in the order chosen, −1 where nobody is left.
+    scores [members, problems]; seen [worlds, problems] bool, the problems that count in a world; among
+    [worlds, members] bool, who stands for choice there. Returns members [worlds, k] in the order chosen, −1 where
+    nobody is left.
 
     Greedily maximises the sum over problems of the best score; ties go to the higher mean, then to the earlier row.
     When nothing more can be added the rest is filled by mean score. The first is the one of the highest mean, and a
