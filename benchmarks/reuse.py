@@ -33,6 +33,7 @@ ARMS = {
     "fst --fast.race False": "24 problems, reuse",
     "fst": "24 problems, race + reuse (default)",
     f"{NEITHER} {ALL}": "160 problems",
+    f"fst --fast.reuse False {ALL}": "160 problems, race",
     f"fst {ALL}": "160 problems, race + reuse",
 }
 
