@@ -6,6 +6,7 @@ import argparse
 import sys
 import threading
 import tomllib
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from fst_fast.config import MODES, PRESETS, Config, check, from_dict, preset
-from fst_fast.errors import UserError
+from fst_fast.errors import EngineError, UserError
 from fst_fast.files import DISK_FULL
 
 
@@ -107,7 +108,8 @@ def read_toml(path: str | Path) -> dict[str, object]:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run a command: 2 and one sentence on what the user can mend, 130 when interrupted. Other errors propagate."""
+    """Run a command: 2 and one sentence on what the user can mend, 130 when interrupted. Other errors propagate, that
+    of a dead engine with its traceback and a sentence."""
     threading.excepthook = _thread_error
     try:
         main(sys.argv[1:])
@@ -123,6 +125,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         else:
             raise
         sys.exit(_say(f"error: {what}", 2))
+    except EngineError as error:
+        traceback.print_exc()
+        sys.exit(_say(f"error: {error}; --resume continues from the last checkpoint", 1))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; --resume continues from the last checkpoint", 130))
 

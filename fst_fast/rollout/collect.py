@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from fst_fast.errors import EngineError
 from fst_fast.model import Model
 from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
@@ -111,7 +112,7 @@ class Collector:
         """One rollout per ask, in their order, when all of them are done."""
         done = self._drain(asked.requests)
         if strangers := {v for c in done for v, _ in c.versions} - set(asked.versions):
-            raise RuntimeError(f"rollouts for weights {asked.versions} were sampled by weights {min(strangers)}")
+            raise EngineError(f"rollouts for weights {asked.versions} were sampled by weights {min(strangers)}")
         rollouts = [
             self._rollout(asked, ask, request, completion)
             for ask, request, completion in zip(asked.asks, asked.requests, done, strict=True)
@@ -153,7 +154,7 @@ class Collector:
         missing = {r.id for r in requests} - self._done.keys()
         while missing:
             if not self.engine.busy:
-                raise RuntimeError(f"the {self.engine.name} engine lost {len(missing)} of {len(requests)} requests")
+                raise EngineError(f"the {self.engine.name} engine lost {len(missing)} of {len(requests)} requests")
             for c in self.engine.step():
                 self._done[c.id] = c
                 missing.discard(c.id)

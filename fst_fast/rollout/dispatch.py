@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fst_fast.errors import EngineError
 from fst_fast.model import Model
-from fst_fast.rollout.engine import Completion, EngineStats, Request, RolloutEngine
+from fst_fast.rollout.engine import Completion, EngineStats, Request, RolloutEngine, check_completion
 from fst_fast.rollout.schedule import AHEAD, LengthPredictor, peak_tokens, place, plan
 from fst_fast.seeding import derive
 
@@ -169,6 +170,30 @@ def _last(waiting: deque[tuple[Request, tuple[int, ...]]]) -> int:
     return sum(r.priority == waiting[0][0].priority for r, _ in waiting) - 1
 
 
+PATIENCE = 1000  # steps of an engine without an ended request until it is looked at
+
+
+@dataclass(slots=True)
+class Watch:
+    """An engine since one of its requests ended."""
+
+    steps: int = 0
+    tokens: int = 0  # of its stats, at the first of these steps
+    seen: int = 0  # the same when it was last looked at
+
+    def check(self, tokens: int, running: Iterable[Started]) -> None:
+        """After a step. ValueError when no token comes any more, or more of them than the requests may have."""
+        self.steps += 1
+        if self.steps % PATIENCE:
+            return
+        if tokens == self.seen:
+            raise ValueError(f"no token in {PATIENCE} steps")
+        most = sum(s.request.sampling.max_new_tokens for s in running)
+        if tokens - self.tokens > most:
+            raise ValueError(f"{tokens - self.tokens} tokens for requests of at most {most}, none of which has ended")
+        self.seen = tokens
+
+
 class Scheduler:
     """A RolloutEngine over one or several: plans what waits, feeds them, and tops up those that run dry.
 
@@ -181,6 +206,7 @@ class Scheduler:
         self.engines, self.lookahead = list(engines), lookahead
         self.name = self.engines[0].name
         self.dispatcher = Dispatcher(len(self.engines), cache_tokens=cache_tokens)
+        self._watches = [Watch() for _ in self.engines]
         self._begun: dict[int, Completion] = {}  # tokens of interrupted responses, by request
         self._given: dict[int, Request] = {}  # as submitted
 
@@ -213,18 +239,17 @@ class Scheduler:
             raise
 
     def step(self) -> list[Completion]:
+        """Raises EngineError when an engine dies, loses or never ends a request, or answers without log-probs."""
         self._feed()
         done = []
         if self.busy and not any(engine.busy for engine in self.engines):
-            raise RuntimeError(
+            raise EngineError(
                 f"{len(self.dispatcher)} requests neither run nor can start: an engine dropped them, or they are for "
                 f"weights after {self.policy_version + self.lookahead}"
             )
         for i, engine in enumerate(self.engines):
             if engine.busy:
-                finished = engine.step()
-                self.dispatcher.advance(i)
-                done += [self._whole(c) for c in finished]
+                done += [self._whole(c) for c in self._advance(i)]
         for c in done:
             self.dispatcher.finish(c.id, len(c.response_ids))
             del self._given[c.id]
@@ -233,6 +258,7 @@ class Scheduler:
     def abort(self, ids: Iterable[int]) -> list[Completion]:
         unwanted = set(ids) & self._given.keys()
         waiting = self.dispatcher.cancel(unwanted)
+        self._watches = [Watch() for _ in self.engines]
         ended = [Completion(r.id, (), (), (), "aborted") for r in waiting]
         ended += [c for engine in self.engines for c in engine.abort(unwanted)]
         for i in unwanted:
@@ -242,12 +268,33 @@ class Scheduler:
     def load_weights(self, model: Model, version: int) -> None:
         under_way = [i for q in self.dispatcher.queues for i in q.running]
         self.dispatcher.cancel(under_way)
+        self._watches = [Watch() for _ in self.engines]
         begun = [self._whole(c) for engine in self.engines for c in engine.abort(under_way)]
         for engine in self.engines:
             engine.load_weights(model, version)
         self._begun |= {c.id: c for c in begun}
         if begun:
             self.dispatcher.submit([_rest(self._given[c.id], c, version) for c in begun])
+
+    def _advance(self, i: int) -> list[Completion]:
+        """One step of engine `i`; what it says is checked here, before anything is made of it."""
+        engine, running, watch = self.engines[i], self.dispatcher.queues[i].running, self._watches[i]
+        if not watch.steps:
+            watch.tokens = watch.seen = engine.stats.generated_tokens
+        try:
+            finished = engine.step()
+            answered = {c.id for c in finished}
+            if len(answered) < len(finished) or not answered <= running.keys():
+                raise ValueError(f"answers to requests {[c.id for c in finished]}, not all of them under way")
+            for c in finished:
+                check_completion(c, running[c.id].request)
+            watch.check(engine.stats.generated_tokens, running.values())
+        except Exception as error:  # vllm, CUDA and networks each raise their own
+            raise EngineError(f"the {engine.name} engine failed: {type(error).__name__}: {error}") from error
+        if finished:
+            self._watches[i] = Watch()
+        self.dispatcher.advance(i)
+        return finished
 
     def _feed(self) -> None:
         started: list[list[Request]] = [[] for _ in self.engines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,3 +86,15 @@ def check_lengths(requests: Sequence[Request], context: int) -> None:
                 f"a prompt of {len(r.prompt_ids)} tokens and max_new_tokens = {r.sampling.max_new_tokens} do not "
                 f"fit the model's context of {context} tokens"
             )
+
+
+def check_completion(c: Completion, request: Request) -> None:
+    """ValueError for a response that does not have, for each of at most `max_new_tokens` tokens, a log-prob and the
+    version of the weights that sampled it."""
+    tokens, longest = len(c.response_ids), request.sampling.max_new_tokens
+    if not tokens == len(c.logprobs) == sum(n for _, n in c.versions):
+        raise ValueError(f"{len(c.logprobs)} log-probs for {tokens} tokens by weights {c.versions}")
+    if tokens > longest or (not tokens and c.finish_reason != "aborted"):
+        raise ValueError(f"{tokens} tokens where 1 to {longest} were asked for")
+    if not all(math.isfinite(p) for p in c.logprobs):
+        raise ValueError("a log-prob that is no number")
