@@ -68,7 +68,7 @@ class Rollout:
     versions: Versions
     sampling: SamplingParams
     finish_reason: FinishReason
-    engine: str
+    engine: str  # name and version
     response: str  # decoded for verifiers and people; never tokenised again
     verdict: Verdict
     scoring: bool = False  # it scored its prompt on GEPA's scoring set; not on a minibatch

@@ -173,7 +173,7 @@ class Collector:
             versions=c.versions,
             sampling=request.sampling,
             finish_reason=c.finish_reason,
-            engine=self.engine.name,
+            engine=f"{self.engine.name} {self.engine.version}",
             response=response,
             verdict=asked.task.verify(ask.problem, response),
             scoring=asked.scoring,

@@ -204,7 +204,7 @@ class Scheduler:
 
     def __init__(self, engines: Sequence[RolloutEngine], *, cache_tokens: int | None = None, lookahead: int = 0):
         self.engines, self.lookahead = list(engines), lookahead
-        self.name = self.engines[0].name
+        self.name, self.version = self.engines[0].name, self.engines[0].version
         self.dispatcher = Dispatcher(len(self.engines), cache_tokens=cache_tokens)
         self._watches = [Watch() for _ in self.engines]
         self._begun: dict[int, Completion] = {}  # tokens of interrupted responses, by request

@@ -47,6 +47,7 @@ class EngineStats:
 
 class RolloutEngine(Protocol):
     name: str
+    version: str  # of the library that samples
 
     @property
     def policy_version(self) -> int:

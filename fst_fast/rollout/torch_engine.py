@@ -37,7 +37,7 @@ class Running:
 class TorchEngine:
     """RolloutEngine on a transformers causal LM with full and sliding-window attention."""
 
-    name = "torch"
+    name, version = "torch", f"{torch.__version__}"
 
     def __init__(self, model: Model, *, max_batch: int = 256):
         self.stats = EngineStats()

@@ -50,7 +50,8 @@ class VllmEngine:
             )
         on_cpu = model.device.type == "cpu"
         _set_environment(on_cpu)
-        from vllm import EngineArgs, LLMEngine  # 10 s
+        import vllm  # 10 s
+        from vllm import EngineArgs, LLMEngine
         from vllm.usage.usage_lib import UsageContext
 
         place: dict[str, Any]
@@ -82,6 +83,7 @@ class VllmEngine:
             raise UserError(
                 f"rollout.engine: vllm cannot serve {model.path}: {' '.join(str(error).split()):.500}"
             ) from error
+        self.version: str = vllm.__version__
         # tokens; of a shared prefix only whole blocks are shared
         self.block_size: int = self._llm.vllm_config.cache_config.block_size
         self.stats = EngineStats()

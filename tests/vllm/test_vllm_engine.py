@@ -25,7 +25,7 @@ from fst_fast.rollout.vllm_engine import VllmEngine
 from tests.models import FAMILIES, tiny
 from tests.rollout.test_torch_engine import drain, error_of, order
 
-pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm tests it in an environment of its own")
+vllm = pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm tests it in an environment of its own")
 
 ROOT = Path(__file__).parents[2]
 HEAD_DIM = 32  # the smallest that vLLM has on the CPU
@@ -410,7 +410,7 @@ def test_a_training_run_by_the_command_line(tmp_path: Path) -> None:
         assert s["clipped"] == 0
         assert s["cached_prompt_tokens"] > 0.5 * s["prompt_tokens"]
     rollouts = [json.loads(line) for line in (run / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
-    assert {r["engine"] for r in rollouts} == {"vllm"}
+    assert {r["engine"] for r in rollouts} == {f"vllm {vllm.__version__}"}
     spent = [r for r in rollouts if r["purpose"] == "rl"]
     assert {r["step"] for r in spent} == set(range(4))
     assert all(r["versions"] == [[r["step"], len(r["response_ids"])]] for r in spent)
