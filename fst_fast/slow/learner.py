@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from fst_fast.config import SlowConfig
+from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.records import Group, Rollout
 from fst_fast.slow.advantage import advantages, has_signal
+from fst_fast.slow.packing import packed_batches, packed_hidden, prepare
 from fst_fast.slow.policy import Policy, micro_batches, response_hidden, response_targets
 from fst_kernels import linear_kl, linear_policy_loss, linear_token_logprobs
 
@@ -37,6 +39,8 @@ class Sample:
     teacher: tuple[int, ...] | None = None  # distillation: the context under which the teacher judges the response
 
 
+Hidden = Callable[[Model, Sequence[Rollout]], torch.Tensor]  # states that predict the responses, [N, H]
+Batches = Callable[[Sequence[Rollout], int], Iterator[list[int]]]  # (rollouts, budget) → indices
 LossOf = Callable[[list[Sample], float], tuple[torch.Tensor, dict[str, float]]]  # (micro-batch, denominator)
 
 
@@ -45,6 +49,20 @@ class Learner:
 
     def __init__(self, policy: Policy, base: Model, config: SlowConfig):
         self.policy, self.base, self.config = policy, base, config
+        packs = config.pack != "off" and self._can_pack()
+        self._hidden: Hidden = packed_hidden if packs else response_hidden
+        self._batches: Batches = packed_batches if packs else micro_batches
+
+    def _can_pack(self) -> bool:
+        """Raises UserError when packing was asked for and one of the models cannot."""
+        try:
+            prepare(self.policy.model)
+            prepare(self.base)
+        except UserError:
+            if self.config.pack == "on":
+                raise
+            return False
+        return True
 
     def step(self, groups: Sequence[Group], rng: random.Random) -> StepReport:
         """Paper's Eq. 4: L = −(1/P) Σ_x [Σ_{i,t} sg(min(ρ, τ)) A log π] / Σ_i |y_i| over the P problems of a minibatch.
@@ -68,9 +86,9 @@ class Learner:
     def log_ratios(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """log ρ_t [tokens] of each rollout under the present weights, by one forward pass without gradient."""
         head, found = self.policy.model.head, [torch.empty(0)] * len(rollouts)
-        for indices in micro_batches(rollouts, self.config.micro_tokens):
+        for indices in self._batches(rollouts, self.config.micro_tokens):
             micro = [rollouts[i] for i in indices]
-            hidden = response_hidden(self.policy.model, micro)
+            hidden = self._hidden(self.policy.model, micro)
             now = linear_token_logprobs(
                 hidden,
                 head.weight,
@@ -112,8 +130,10 @@ class Learner:
         for samples, denominator in zip(minibatches, denominators, strict=True):
             if not samples:
                 continue
-            rollouts, teachers = [s.rollout for s in samples], [s.teacher or () for s in samples]
-            for indices in micro_batches(rollouts, self.config.micro_tokens, teachers):
+            rollouts, teachers = [s.rollout for s in samples], [s.teacher for s in samples if s.teacher]
+            budget = self.config.micro_tokens
+            batches = micro_batches(rollouts, budget, teachers) if teachers else self._batches(rollouts, budget)
+            for indices in batches:
                 micro = [samples[i] for i in indices]
                 tokens = sum(len(s.rollout.response_ids) for s in micro)
                 loss, metrics = loss_of(micro, denominator)
@@ -137,9 +157,9 @@ class Learner:
         if self.config.kl_coef:
             ref_weight, ref_bias = self.base.head.weight, self.base.head.bias
             with torch.no_grad():
-                ref_hidden = response_hidden(self.base, rollouts)
+                ref_hidden = self._hidden(self.base, rollouts)
         out = linear_policy_loss(
-            response_hidden(model, rollouts),
+            self._hidden(model, rollouts),
             head.weight,
             response_targets(rollouts, device),
             torch.tensor([p for r in rollouts for p in r.logprobs], device=device),

@@ -1,0 +1,183 @@
+"""One training step over rollouts that share prompts: packed as a token trie against padded rows, in one run.
+
+    python benchmarks/train_step.py [--shape tiny] [--prompt 1000] [--responses 500 1000] [--json FILE]
+
+Random weights of a real shape; K prompts on P problems, one rollout each, through the trainer's own Learner: forward,
+loss, backward, clipped AdamW step. Gradients of both are compared. MFU counts the tokens run, padding apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from measure import DEVICE, interleaved, medians, peak_bytes_of, save, setting
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from fst_fast.config import SlowConfig
+from fst_fast.model import Model
+from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
+from fst_fast.slow.advantage import group_by_problem
+from fst_fast.slow.learner import Learner
+from fst_fast.slow.packing import pack, packed_batches
+from fst_fast.slow.policy import Policy, micro_batches
+
+# hidden, layers, heads, KV heads, head dim, intermediate, vocabulary: tiny is the one of rollouts.md, its vocabulary as
+# small against its layers as Qwen3-8B's; the others are those of their config.json
+SHAPES = {
+    "tiny": (256, 4, 8, 4, 32, 768, 1024),
+    "qwen3-0.6b": (1024, 28, 16, 8, 128, 3072, 151936),
+    "qwen3-1.7b": (2048, 28, 16, 8, 128, 6144, 151936),
+    "qwen3-4b": (2560, 36, 32, 8, 128, 9728, 151936),
+}
+GOAL = 0.85  # of the token ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b" if DEVICE == "cuda" else "tiny")
+    parser.add_argument("--prompts", type=int, default=2, help="of the K, how many the measured rollouts have")
+    parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=1000, help="tokens of a prompt")
+    parser.add_argument("--problem", type=int, default=200, help="tokens of a problem")
+    parser.add_argument("--responses", type=int, nargs="+", default=[500, 1000], help="tokens of a response: mean")
+    parser.add_argument("--spread", type=float, default=0.0, help="sigma of the lognormal response lengths")
+    parser.add_argument("--micro-tokens", type=int, default=16384)
+    parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the exact KL: a second forward pass")
+    parser.add_argument("--loss", choices=["cispo", "ppo", "reinforce"], default="cispo")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU in bf16, dense (H100 SXM: 989)")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(
+        f"{args.shape}, {args.prompts} prompts of {args.prompt} + {args.problem} tokens x {args.problems} problems, ",
+        end="",
+    )
+    print(f"{args.loss}, kl {args.kl:g}, {args.micro_tokens} tokens a micro-batch, {DEVICE}, {setting()}")
+    print(f"{'response':>8} {'':8}{'tokens run':>11}{'live':>6}{'batches':>8}{'median s':>9}{'peak MB':>9}{'MFU':>6}")
+    results = {str(length): measure(args, length) for length in args.responses}
+    if args.json:
+        save(args.json, **setting(), arguments={k: str(v) for k, v in vars(args).items()}, results=results)
+
+
+def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
+    """Both ways on the same rollouts."""
+    model, base = (random_model(args.shape, seed) for seed in (0, 1))
+    groups = make_groups(model, args, length)
+    rollouts = [r for g in groups for r in g.rollouts]
+    config = {"lr": 1e-12, "warmup": 0, "micro_tokens": args.micro_tokens, "kl_coef": args.kl, "loss": args.loss}
+    learners = {
+        name: Learner(Recording(model, slow), base, slow)
+        for name, slow in (("padded", SlowConfig(**config, pack="off")), ("packed", SlowConfig(**config, pack="on")))
+    }
+    calls = {name: lambda one=one: one.step(groups, random.Random(0)) for name, one in learners.items()}
+    seconds = interleaved(cast(dict[str, Callable[[], object]], calls), args.rounds, budget=120)["seconds"]
+    rows = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
+    found: dict[str, Any] = {}
+    for name, middle in medians(seconds).items():
+        peak = peak_bytes_of(calls[name])
+        batches = list(
+            packed_batches(rollouts, args.micro_tokens)
+            if name == "packed"
+            else micro_batches(rollouts, args.micro_tokens)
+        )
+        if name == "packed":
+            run = sum(
+                len(pack([rollouts[i].prompt_ids + rollouts[i].response_ids[:-1] for i in b]).ids) for b in batches
+            )
+        else:
+            run = sum(len(b) * max(rows[i] for i in b) for b in batches)
+        useful = run if name == "packed" else sum(rows)
+        mfu = flops(model, useful, args.kl) / middle / args.peak_tflops / 1e12 if DEVICE == "cuda" else None
+        found[name] = {
+            "seconds": seconds[name], "tokens": run, "live": sum(rows) / run, "batches": len(batches),
+            "peak_bytes": peak, "mfu": mfu,
+        }  # fmt: skip
+        print(
+            f"{length:8} {name:8}{run:11}{sum(rows) / run:6.2f}{len(batches):8}{middle:9.2f}"
+            f"{(peak or 0) / 1e6:9.0f}{f'{mfu:6.2f}' if mfu else '     -'}"
+        )
+    ours, theirs = (
+        torch.cat([g.flatten() for g in cast(Recording, learners[n].policy).seen]) for n in ("packed", "padded")
+    )
+    faster = medians(seconds)["padded"] / medians(seconds)["packed"]
+    tokens = found["padded"]["tokens"] / found["packed"]["tokens"]
+    apart = float((ours - theirs).norm() / theirs.norm())
+    met = "met" if faster >= GOAL * tokens else "missed"
+    print(
+        f"{length:8} packed is {faster:.2f}x faster on 1/{tokens:.2f} of the tokens: {faster / tokens:.2f} of that "
+        f"(goal {GOAL}: {met}); gradients {apart:.1e} of their norm apart"
+    )
+    return found | {"speed_ratio": faster, "token_ratio": tokens, "gradients_apart": apart}
+
+
+class Recording(Policy):
+    """Keeps the gradients of its last update."""
+
+    def update(self) -> float:
+        self.seen = [p.grad.float().clone() for p in self.model.lm.parameters() if p.grad is not None]
+        return super().update()
+
+
+def make_groups(model: Model, args: argparse.Namespace, length: int) -> list[Group]:
+    """One rollout per prompt and problem, rewarded 1 under every other prompt."""
+    rng = random.Random(0)
+    draw = lambda n: tuple(rng.randrange(model.config.vocab_size) for _ in range(n))  # noqa: E731
+    prompts, problems = (
+        [draw(args.prompt) for _ in range(args.prompts)],
+        [draw(args.problem) for _ in range(args.problems)],
+    )
+    rollouts = []
+    for x, problem in enumerate(problems):
+        for k, prompt in enumerate(prompts):
+            n = max(1, round(length * rng.lognormvariate(-(args.spread**2) / 2, args.spread)))
+            rollouts.append(
+                Rollout(
+                    Prompt(f"{k}"),
+                    Problem(f"{x}", {}),
+                    0,
+                    "rl",
+                    prompt + problem,
+                    draw(n),
+                    (-7.0,) * n,
+                    ((0, n),),
+                    SamplingParams(1.0),
+                    "stop",
+                    "none",
+                    "",
+                    Verdict(float(k % 2), ""),
+                )
+            )
+    return group_by_problem(rollouts)
+
+
+def random_model(shape: str, seed: int) -> Model:
+    """What Learner needs of a Model, without a folder."""
+    hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary = SHAPES[shape]
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=40960,
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        lm = Qwen3ForCausalLM(config).to(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    tokenizer = SimpleNamespace(eos_token_id=0, apply_chat_template=lambda: None)
+    return Model(lm.eval(), tokenizer, shape)
+
+
+def flops(model: Model, tokens: int, kl: float) -> float:
+    """Of the matrix products with the weights, 2 a weight and token: forward, twice that backward, and the base's
+    forward for the KL. Attention is left out, and the head counted for every token."""
+    weights = sum(p.numel() for p in model.lm.parameters())
+    return 2 * weights * tokens * (4 if kl else 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Rollouts → token-trie micro-batches: what several rollouts share is computed once, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fst_fast.errors import UserError
+from fst_fast.model import Model
+from fst_fast.prefix_tree import Ragged, build, trie
+from fst_fast.records import Rollout
+from fst_fast.slow import tree_attention
+from fst_fast.slow.tree_attention import Span
+
+MIN_SAVING = 32  # tokens that a shared stretch must save: each is one more attention call a layer
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Several sequences as one trie, its tokens depth-first."""
+
+    ids: np.ndarray  # int64 [N]
+    positions: np.ndarray  # int64 [N]: of each token in its sequences
+    spans: list[Span]
+    places: list[np.ndarray]  # of each sequence, int64 [its length]: where its tokens are
+
+
+def pack(sequences: Sequence[Sequence[int]], *, min_saving: int = MIN_SAVING) -> Packed:
+    """The trie of non-empty sequences of token ids. A shared prefix comes once, but for stretches of it that would save
+    fewer than `min_saving` tokens."""
+    nodes = build(sequences, min_saving=min_saving).nodes
+    ends = np.cumsum([node.end - node.start for node in nodes]).tolist()
+    starts = [0, *ends[:-1]]
+    stops = list(ends)
+    for k in range(len(nodes) - 1, -1, -1):
+        if nodes[k].parent >= 0:
+            stops[nodes[k].parent] = max(stops[nodes[k].parent], stops[k])
+    places: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)
+    for k, node in enumerate(nodes):
+        path, above = [], k
+        while node.leaves and above >= 0:
+            path.append(np.arange(starts[above], ends[above]))
+            above = nodes[above].parent
+        for i in node.leaves:
+            places[i] = np.concatenate(path[::-1])
+    return Packed(
+        ids=np.concatenate([np.asarray(sequences[node.sequence][node.start : node.end], np.int64) for node in nodes]),
+        positions=np.concatenate([np.arange(node.start, node.end) for node in nodes]),
+        spans=[Span(*bounds, nodes[k].parent < 0) for k, bounds in enumerate(zip(starts, ends, stops, strict=True))],
+        places=places,
+    )
+
+
+def packed_hidden(model: Model, rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """`policy.response_hidden` over the rollouts' trie: the same states [N, H], shared prefixes computed once."""
+    # the last token predicts nothing that is needed
+    packed = pack([r.prompt_ids + r.response_ids[:-1] for r in rollouts])
+    hidden = _hidden(model, packed)
+    place = np.concatenate([packed.places[i][len(r.prompt_ids) - 1 :] for i, r in enumerate(rollouts)])
+    return hidden[torch.from_numpy(place).to(model.device)]
+
+
+def packed_batches(rollouts: Sequence[Rollout], budget: int) -> Iterator[list[int]]:
+    """Indices of rollouts in batches whose tries have at most `budget` tokens (one rollout may have more), in the order
+    of one trie over all: a prompt is met in several batches only where it does not fit one."""
+    rows = [r.prompt_ids + r.response_ids for r in rollouts]
+    batch: list[int] = []
+    tokens = 0
+    before = np.empty(0, np.int64)
+    for i in trie(Ragged.of(rows)).order.tolist():
+        row = np.asarray(rows[i], np.int64)
+        shortest = min(len(row), len(before))
+        apart = np.flatnonzero(row[:shortest] != before[:shortest])
+        more = len(row) - (int(apart[0]) if len(apart) else shortest)
+        if batch and tokens + more > budget:
+            yield batch
+            batch, tokens, more = [], 0, len(row)
+        batch.append(i)
+        tokens, before = tokens + more, row
+    if batch:
+        yield batch
+
+
+def prepare(model: Model) -> None:
+    """Teach `model` to run packed, and see that it gives what it gives unpacked. Raises UserError when it does not."""
+    refusal = f"slow.pack = on: {model.path}"
+    if model.window is not None:
+        raise UserError(f"{refusal} attends in a window of {model.window} tokens; use --slow.pack off")
+    if getattr(model.config, "attn_logit_softcapping", None):
+        raise UserError(f"{refusal} caps its attention scores, which no flash kernel does; use --slow.pack off")
+    tree_attention.install(model.lm)
+    vocabulary = model.config.vocab_size
+    stem = [(7 * i + 3) % vocabulary for i in range(40)]
+    rows = [[*stem, *((11 * i + k) % vocabulary for i in range(9 + k))] for k in range(3)]
+    try:
+        with torch.no_grad():
+            packed = pack(rows)
+            together = _hidden(model, packed)
+            error = max(
+                float(
+                    (together[place] - (alone := model.hidden(torch.tensor([row], device=model.device))[0])).abs().max()
+                )
+                / float(alone.abs().max())
+                for row, place in zip(rows, packed.places, strict=True)
+            )
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as problem:
+        raise UserError(f"{refusal} cannot run packed ({problem}); use --slow.pack off") from problem
+    if not error < (1e-4 if model.lm.dtype == torch.float32 else 0.1):
+        raise UserError(f"{refusal} gives other hidden states when packed (by {error:.2g}); use --slow.pack off")
+
+
+def _hidden(model: Model, packed: Packed) -> torch.Tensor:
+    """Final hidden states [N, H] of the packed tokens."""
+    ids, positions = (torch.from_numpy(x)[None].to(model.device) for x in (packed.ids, packed.positions))
+    return model.hidden(ids, position_ids=positions, **tree_attention.inputs(packed.spans, model.device))[0]

@@ -1,0 +1,200 @@
+"""Attention over a token trie: every token sees its ancestors, and a shared prefix is computed once. Exact.
+
+Tokens lie depth-first, so that whatever stands below a node is one slice after it. The keys of a node are seen by its
+own tokens causally and by all tokens below it whole: one kernel call a node. Outputs are merged by their log-sum-exp,
+and backward hands each call the merged output and log-sum-exp, as ring attention does (arXiv 2310.01889).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+NAME = "fst_tree"
+
+
+class Span(NamedTuple):
+    """A node of the trie: its tokens are [start, end), those below it [end, stop)."""
+
+    start: int
+    end: int
+    stop: int
+    top: bool  # it has no ancestors
+
+
+def install(lm: Any) -> None:
+    """Let a transformers model attend over tries where its forward pass gets `tree`, and as before where not."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    lm.set_attn_implementation(NAME)
+
+
+def inputs(spans: list[Span], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a forward pass over the trie: no mask is made for a mask that comes with four dimensions."""
+    return {"tree": spans, "attention_mask": torch.empty(1, 1, 0, 0, device=device), "use_cache": False}
+
+
+def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: list[Span], scale: float) -> torch.Tensor:
+    """softmax(scale · q kᵀ) v over each token's ancestors and itself: [1, H, N, D].
+
+    q [1, H, N, D], k and v [1, KV heads, N, D] with KV heads a divisor of H; `spans` depth-first, parents before
+    children. Differentiable in q, k, v, once. Any floating dtype on a CPU; on a GPU bf16 and fp16 take flash attention,
+    the others plain products.
+    """
+    heads, n, d = q.shape[1:]
+    groups = heads // k.shape[1]
+    q = q.reshape(-1, groups, n, d)  # [KV heads, heads that share them, N, D]: keys are not copied
+    out = _TreeAttention.apply(q, k[0], v[0], spans, scale)
+    return out.reshape(1, heads, n, d)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    tree: list[Span] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: [1, N, H, D] and no attention weights."""
+    if tree is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return tree_attention(query, key, value, tree, scale).transpose(1, 2), None
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: list[Span], scale: float
+    ) -> torch.Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_empty(q.shape, dtype=wide)
+        lse = q.new_empty(q.shape[:-1], dtype=wide)
+        for span in spans:
+            for rows, causal in _calls(q, span):
+                part, part_lse = _forward(q[..., rows, :], *_keys(k, v, span, q.shape[1]), causal, scale)
+                if span.top:
+                    out[..., rows, :], lse[..., rows] = part, part_lse
+                else:
+                    so_far = lse[..., rows]
+                    total = torch.logaddexp(so_far, part_lse)
+                    merged = out[..., rows, :].mul_((so_far - total).exp_()[..., None])
+                    merged.addcmul_(part.to(wide), (part_lse - total).exp_()[..., None])
+                    lse[..., rows] = total
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq = torch.empty_like(q, dtype=lse.dtype)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        for span in ctx.spans:
+            below: tuple[torch.Tensor, torch.Tensor] | None = None
+            for rows, causal in _calls(q, span):
+                part, part_k, part_v = _backward(
+                    grad[..., rows, :],
+                    q[..., rows, :],
+                    *_keys(k, v, span, q.shape[1]),
+                    out[..., rows, :],
+                    lse[..., rows],
+                    causal,
+                    ctx.scale,
+                )
+                if span.top:
+                    dq[..., rows, :] = part
+                else:
+                    dq[..., rows, :] += part
+                both = part_k.sum(1, dtype=lse.dtype), part_v.sum(1, dtype=lse.dtype)
+                below = both if below is None else (below[0] + both[0], below[1] + both[1])
+            assert below is not None
+            dk[:, span.start : span.end], dv[:, span.start : span.end] = below
+        return dq.to(q.dtype), dk, dv, None, None
+
+
+def _calls(q: torch.Tensor, span: Span) -> list[tuple[slice, bool]]:
+    """The queries that see the keys of `span`, and whether causally.
+
+    torch's CPU kernel aligns its causal mask at the top left: query i sees the keys up to i, so those after the last
+    key see all of them, and one call does. Flash attention on a GPU wants a square under a causal mask: two calls.
+    """
+    if _on_cpu(q):
+        return [(slice(span.start, span.stop), True)]
+    below = [(slice(span.end, span.stop), False)] if span.stop > span.end else []
+    return [(slice(span.start, span.end), True), *below]
+
+
+def _keys(k: torch.Tensor, v: torch.Tensor, span: Span, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[KV heads, groups, keys, D], the same memory for every head of a group."""
+    k, v = (x[:, None, span.start : span.end].expand(-1, groups, -1, -1) for x in (k, v))
+    return k, v
+
+
+def _on_cpu(q: torch.Tensor) -> bool:
+    return q.device.type == "cpu"
+
+
+def _on_flash(q: torch.Tensor) -> bool:
+    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [..., L, D] and log-sum-exp [..., L] of queries [..., L, D] over keys [..., S, D]."""
+    if _on_cpu(q):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    if _on_flash(q):
+        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        return found[0], found[1]
+    scores = _scores(q, k, causal, scale)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v where `out` and `lse` are those over *all* keys: probabilities come out right without the
+    other keys."""
+    if _on_cpu(q):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, scale=scale
+        )
+    if _on_flash(q):
+        seed = torch.empty(0, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse.contiguous(), None, None, q.shape[-2], k.shape[-2], 0.0, causal, seed, seed,
+            scale=scale,
+        )  # fmt: skip
+    p = (_scores(q, k, causal, scale) - lse[..., None]).exp()
+    delta = (grad * out).sum(-1, dtype=lse.dtype)
+    ds = p * ((grad @ v.mT).to(lse.dtype) - delta[..., None]) * scale
+    return ds.to(k.dtype) @ k, ds.to(q.dtype).mT @ q, p.to(grad.dtype).mT @ grad
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if not causal:
+        return scores
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~seen, float("-inf"))

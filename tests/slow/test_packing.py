@@ -1,0 +1,155 @@
+"""Packed rollouts give the loss and the gradients of separate sequences."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fst_fast.config import SlowConfig
+from fst_fast.errors import UserError
+from fst_fast.model import Model
+from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
+from fst_fast.slow import tree_attention as tree
+from fst_fast.slow.advantage import group_by_problem
+from fst_fast.slow.learner import Learner
+from fst_fast.slow.packing import pack, packed_batches, packed_hidden, prepare
+from fst_fast.slow.policy import response_hidden
+from tests.models import tiny
+from tests.slow.test_learner import Recorder
+
+tries = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8)
+
+
+def seen_by(sequences: Sequence[Sequence[int]], min_saving: int) -> tuple[Any, torch.Tensor]:
+    """The packed sequences, and the oracle's dense mask [N, N]: who is an ancestor of whom."""
+    packed = pack(sequences, min_saving=min_saving)
+    mask = torch.zeros(len(packed.ids), len(packed.ids), dtype=torch.bool)
+    for place in packed.places:
+        at = torch.from_numpy(place)
+        mask[at[:, None], at[None, :]] |= torch.ones(len(at), len(at), dtype=torch.bool).tril()
+    return packed, mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(tries, st.integers(1, 5))
+def test_every_sequence_is_found_at_its_places(sequences: list[list[int]], min_saving: int) -> None:
+    packed = pack(sequences, min_saving=min_saving)
+    assert len(packed.ids) <= sum(map(len, sequences))
+    for sequence, place in zip(sequences, packed.places, strict=True):
+        assert packed.ids[place].tolist() == sequence
+        assert packed.positions[place].tolist() == list(range(len(sequence)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(tries, st.integers(1, 5), st.booleans(), st.integers(0, 2**31))
+def test_attention_and_its_gradients_are_those_of_a_dense_ancestor_mask(
+    sequences: list[list[int]], min_saving: int, as_on_a_gpu: bool, seed: int
+) -> None:
+    packed, mask = seen_by(sequences, min_saving)
+    torch.manual_seed(seed)
+    n = len(packed.ids)
+    q = torch.randn(1, 6, n, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 2, n, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = torch.randn(1, 6, n, 8, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        if as_on_a_gpu:  # square causal calls, rectangular whole ones, plain products
+            patch.setattr(tree, "_on_cpu", lambda _: False)
+        ours = tree.tree_attention(q, k, v, packed.spans, 0.4)
+        got = torch.autograd.grad((ours * weights).sum(), (q, k, v))
+    scores = (q @ k.repeat_interleave(3, 1).mT * 0.4).masked_fill(~mask, -torch.inf)
+    theirs = scores.softmax(-1) @ v.repeat_interleave(3, 1)
+    want = torch.autograd.grad((theirs * weights).sum(), (q, k, v))
+    for a, b in zip((ours, *got), (theirs, *want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def groups_of(model: Model) -> list[Group]:
+    """Two long prompts on three problems, two samples each, some of which begin alike."""
+    rng = random.Random(3)
+    draw = lambda n: tuple(rng.randrange(5, model.config.vocab_size) for _ in range(n))  # noqa: E731
+    prompts, common = [draw(70), draw(50)], draw(40)
+    rollouts = []
+    for x in range(3):
+        problem = draw(35 + x)
+        for k, prompt in enumerate(prompts):
+            for i in range(2):
+                response = (common if x else ()) + draw(rng.randint(1, 20))
+                rollouts.append(
+                    Rollout(
+                        Prompt(f"p{k}"),
+                        Problem(f"x{x}", {}),
+                        i,
+                        "rl",
+                        prompt + problem,
+                        response,
+                        tuple(rng.uniform(-8, -1) for _ in response),
+                        ((0, len(response)),),
+                        SamplingParams(0.8),
+                        "stop",
+                        "test",
+                        "",
+                        Verdict(float((i + k) % 2), ""),
+                    )
+                )
+    return group_by_problem(rollouts)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
+    model, base = (tiny(request.param, tmp_path_factory.mktemp("m"), seed=seed) for seed in (0, 9))
+    return model, base
+
+
+@pytest.mark.parametrize("micro_tokens", [150, 10_000])
+def test_a_packed_step_has_the_gradients_of_a_padded_one(models: tuple[Model, Model], micro_tokens: int) -> None:
+    model, base = models
+    found = {}
+    for pack_ in ("off", "on"):
+        config = SlowConfig(warmup=0, clip=1e9, kl_coef=0.3, micro_tokens=micro_tokens, pack=pack_)  # type: ignore[arg-type]
+        policy = Recorder(model, config)
+        report = Learner(policy, base, config).step(groups_of(model), random.Random(0))
+        found[pack_] = policy.seen, report
+    (packed, ours), (padded, theirs) = found["on"], found["off"]
+    assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-4, abs=1e-6)
+    assert ours.live_groups == 3
+    for name, g in padded.items():
+        assert (packed[name] - g).norm() < 1e-5 * g.norm() + 1e-9, name
+
+
+def test_in_float64_hidden_states_are_those_of_separate_sequences(models: tuple[Model, Model]) -> None:
+    model, _ = models
+    prepare(model)
+    model.lm.double()
+    try:
+        rollouts = [r for g in groups_of(model) for r in g.rollouts]
+        ours, theirs = packed_hidden(model, rollouts).detach(), response_hidden(model, rollouts).detach()
+        assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-12
+    finally:
+        model.lm.float()
+
+
+def test_batches_hold_every_rollout_once_within_the_budget(models: tuple[Model, Model]) -> None:
+    rollouts = [r for g in groups_of(models[0]) for r in g.rollouts]
+    batches = list(packed_batches(rollouts, 250))
+    assert sorted(i for b in batches for i in b) == list(range(len(rollouts)))
+    assert len(batches) > 1
+    for batch in batches:
+        assert len(pack([rollouts[i].prompt_ids + rollouts[i].response_ids for i in batch], min_saving=1).ids) <= 250
+
+
+@pytest.mark.parametrize(("family", "why"), [("mistral", "window of 8 tokens"), ("gemma2", "window of 8 tokens")])
+def test_a_model_that_cannot_is_refused_or_left_unpacked(family: str, why: str, tmp_path: Path) -> None:
+    model = tiny(family, tmp_path)
+    config = SlowConfig(pack="on")
+    with pytest.raises(UserError, match=f"{why}; use --slow.pack off"):
+        Learner(Recorder(model, config), model, config)
+    auto = replace(config, pack="auto")
+    assert Learner(Recorder(model, auto), model, auto)._hidden is response_hidden
