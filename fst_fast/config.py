@@ -138,7 +138,10 @@ class SlowConfig:
     minibatches: Count = 1
     """Optimizer steps a batch, whole groups each."""
     micro_tokens: Count = 16384
-    """Padded tokens of one forward and backward pass: bounds memory, does not change the gradient."""
+    """Tokens of one forward and backward pass, padded or packed: bounds memory, does not change the gradient."""
+    pack: Literal["auto", "on", "off"] = "auto"
+    """Rollouts of a pass as one token trie, every shared prefix computed once; the gradient is the same. auto = on for
+    models whose attention allows it, which sliding windows and capped attention logits do not."""
     weight_max: Positive = 4.0
     """Tau: upper cap of the importance ratio itself (1 + eps_high)."""
     clip_low: Decay = 0.2
@@ -228,7 +231,7 @@ def stages(stream: str) -> list[Stage]:
 GLYPH = Config(
     rollout=RolloutConfig(problems=16, max_new_tokens=20),
     fast=FastConfig(every=10, minibatch=8, scoring_problems=24, reflector="phrasebook"),
-    slow=SlowConfig(lr=3e-4, beta2=0.99, warmup=0, minibatches=2, kl_coef=0.0),
+    slow=SlowConfig(lr=3e-4, beta2=0.99, warmup=0, minibatches=2, kl_coef=0.0, pack="off"),
     eval=EvalConfig(samples=2),
     # Two threads make a step 1.6 times as fast on a quiet machine and many times as slow on a busy one, where they spin
     # waiting for each other; one thread a run lets `compare` use the cores side by side.

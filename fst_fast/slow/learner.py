@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from fst_fast.config import SlowConfig
+from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.records import Group, Rollout
 from fst_fast.slow.advantage import advantages, has_signal
+from fst_fast.slow.packing import pack, packed_batches, packed_hidden, unpackable
 from fst_fast.slow.policy import Policy, micro_batches, response_hidden, response_targets
 from fst_kernels import linear_kl, linear_policy_loss, linear_token_logprobs
 
@@ -41,10 +43,17 @@ LossOf = Callable[[list[Sample], float], tuple[torch.Tensor, dict[str, float]]] 
 
 
 class Learner:
-    """Trains `policy` with a policy gradient (CISPO by default) or by distillation. `base` is the frozen start."""
+    """Trains `policy` with a policy gradient (CISPO by default) or by distillation. `base` is the frozen start.
+
+    Raises UserError for pack = on with a model that cannot be packed.
+    """
 
     def __init__(self, policy: Policy, base: Model, config: SlowConfig):
         self.policy, self.base, self.config = policy, base, config
+        why_not = unpackable(policy.model) if config.pack != "off" else "it is off"
+        if config.pack == "on" and why_not:
+            raise UserError(f"slow.pack = on: {why_not}; use auto or off")
+        self.packs = not why_not
 
     def step(self, groups: Sequence[Group], rng: random.Random) -> StepReport:
         """Paper's Eq. 4: L = −(1/P) Σ_x [Σ_{i,t} sg(min(ρ, τ)) A log π] / Σ_i |y_i| over the P problems of a minibatch.
@@ -68,9 +77,9 @@ class Learner:
     def log_ratios(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """log ρ_t [tokens] of each rollout under the present weights, by one forward pass without gradient."""
         head, found = self.policy.model.head, [torch.empty(0)] * len(rollouts)
-        for indices in micro_batches(rollouts, self.config.micro_tokens):
+        for indices in self._micro_batches(rollouts):
             micro = [rollouts[i] for i in indices]
-            hidden = response_hidden(self.policy.model, micro)
+            hidden = self._hidden_of(micro)(self.policy.model)
             now = linear_token_logprobs(
                 hidden,
                 head.weight,
@@ -105,6 +114,24 @@ class Learner:
         weight = 1.0 / tokens if self.config.average == "problem" else 1.0
         return [Sample(r, a, weight) for r, a in zip(group.rollouts, scores, strict=True)]
 
+    def _micro_batches(
+        self, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]] | None = None
+    ) -> Iterable[list[int]]:
+        """Indices of the rollouts of each forward pass. Packed, other contexts do not count: without gradient, their
+        pass takes far less memory than the policy's."""
+        if self.packs:
+            return packed_batches(rollouts, self.config.micro_tokens)[0]
+        return micro_batches(rollouts, self.config.micro_tokens, contexts)
+
+    def _hidden_of(
+        self, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]] | None = None
+    ) -> Callable[[Model], torch.Tensor]:
+        """How a model's hidden states [N, H] of the responses are computed, see `response_hidden`."""
+        if not self.packs:
+            return lambda model: response_hidden(model, rollouts, contexts)
+        packed = pack(rollouts, self.policy.model.device, contexts)
+        return lambda model: packed_hidden(model, packed)
+
     def _train(self, minibatches: list[list[Sample]], denominators: list[float], loss_of: LossOf) -> dict[str, float]:
         """One optimizer step per non-empty minibatch, gradients accumulated over its micro-batches."""
         sums: dict[str, float] = {}
@@ -113,7 +140,7 @@ class Learner:
             if not samples:
                 continue
             rollouts, teachers = [s.rollout for s in samples], [s.teacher or () for s in samples]
-            for indices in micro_batches(rollouts, self.config.micro_tokens, teachers):
+            for indices in self._micro_batches(rollouts, teachers):
                 micro = [samples[i] for i in indices]
                 tokens = sum(len(s.rollout.response_ids) for s in micro)
                 loss, metrics = loss_of(micro, denominator)
@@ -133,13 +160,14 @@ class Learner:
         rollouts = [s.rollout for s in micro]
         model, head, device = self.policy.model, self.policy.model.head, self.policy.model.device
         lengths = torch.tensor([len(r.response_ids) for r in rollouts], device=device)
+        hidden_of = self._hidden_of(rollouts)
         ref_hidden = ref_weight = ref_bias = None
         if self.config.kl_coef:
             ref_weight, ref_bias = self.base.head.weight, self.base.head.bias
             with torch.no_grad():
-                ref_hidden = response_hidden(self.base, rollouts)
+                ref_hidden = hidden_of(self.base)
         out = linear_policy_loss(
-            response_hidden(model, rollouts),
+            hidden_of(model),
             head.weight,
             response_targets(rollouts, device),
             torch.tensor([p for r in rollouts for p in r.logprobs], device=device),
@@ -172,8 +200,9 @@ class Learner:
     def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
         rollouts = [s.rollout for s in micro]
         with torch.no_grad():
-            teacher = response_hidden(self.base, rollouts, [s.teacher or s.rollout.prompt_ids for s in micro])
-        kl = token_kl(self.policy.model, response_hidden(self.policy.model, rollouts), self.base, teacher, rollouts)
+            teacher = self._hidden_of(rollouts, [s.teacher or s.rollout.prompt_ids for s in micro])(self.base)
+        student = self._hidden_of(rollouts)(self.policy.model)
+        kl = token_kl(self.policy.model, student, self.base, teacher, rollouts)
         weights = torch.tensor([s.weight for s in micro for _ in s.rollout.response_ids], device=kl.device)
         return (kl * weights).sum() / denominator, {"kl_teacher": float(kl.detach().mean())}
 

@@ -1,0 +1,142 @@
+"""Rollouts → token-trie micro-batches: a step's shared prefixes are computed once, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fst_fast.model import Model
+from fst_fast.prefix_tree import Ragged, build, trie
+from fst_fast.records import Prompt, Rollout
+from fst_fast.slow.tree_attention import FAULT, Call, calls_of, tree_hidden
+
+MIN_SAVING = 32  # tokens; a stretch that saves fewer is computed by each sequence: every node costs kernel calls
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Token sequences as one row of T tokens, every shared prefix once."""
+
+    ids: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T]: depth in the trie
+    wanted: torch.Tensor  # int64 [N]: where in the row the asked-for positions of the sequences are, one after another
+    calls: list[Call]
+
+    @staticmethod
+    def of(
+        sequences: Sequence[Sequence[int]], first: Sequence[int], device: torch.device, *, min_saving: int = MIN_SAVING
+    ) -> Pack:
+        """Asked for are the positions of sequence i from first[i] to its end."""
+        tree = build(sequences, min_saving=min_saving)
+        at = np.cumsum([0] + [node.end - node.start for node in tree.nodes])
+        wanted: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)
+        for leaf, node in enumerate(tree.nodes):
+            for i in node.leaves:
+                path, k = [], leaf
+                while k >= 0 and tree.nodes[k].end > first[i]:
+                    skipped = max(0, first[i] - tree.nodes[k].start)
+                    path.append(np.arange(at[k] + skipped, at[k + 1]))
+                    k = tree.nodes[k].parent
+                wanted[i] = np.concatenate(path[::-1])
+        ids = [t for node in tree.nodes for t in sequences[node.sequence][node.start : node.end]]
+        positions = np.concatenate([np.arange(node.start, node.end) for node in tree.nodes])
+        rows = (ids, positions, np.concatenate(wanted))
+        on_device = [torch.as_tensor(row, dtype=torch.int64, device=device) for row in rows]
+        return Pack(on_device[0], on_device[1], on_device[2], calls_of(tree, device))
+
+
+def pack(rollouts: Sequence[Rollout], device: torch.device, contexts: Sequence[tuple[int, ...]] | None = None) -> Pack:
+    """Rollouts, or the same responses under other `contexts`; asked for are the positions that predict responses."""
+    heads = contexts if contexts is not None else [r.prompt_ids for r in rollouts]
+    return Pack.of(_sequences(rollouts, heads), [len(head) - 1 for head in heads], device)
+
+
+def packed_hidden(model: Model, packed: Pack) -> torch.Tensor:
+    """Final hidden states [N, H] at the positions that were asked for, in the order of the sequences."""
+    return tree_hidden(model, packed.ids, packed.positions, packed.calls).index_select(0, packed.wanted)
+
+
+def packed_batches(rollouts: Sequence[Rollout], budget: int, ranks: int = 1) -> list[list[list[int]]]:
+    """Per rank its micro-batches, as indices of rollouts, of at most `budget` tokens of their trie (or one rollout).
+
+    Every rank has equally many, of about equally many tokens; an empty one where there are too few rollouts. A prompt
+    is spread over micro-batches only where it does not fit into one, and the ends of several share one.
+    """
+    sequences = _sequences(rollouts, [r.prompt_ids for r in rollouts])
+
+    def tokens(indices: Sequence[int]) -> int:
+        return trie(Ragged.of([sequences[i] for i in indices])).tokens
+
+    of_prompt: dict[Prompt, list[int]] = {}
+    for i, r in enumerate(rollouts):
+        of_prompt.setdefault(r.prompt, []).append(i)
+    pieces = [p for indices in of_prompt.values() for p in _cut(indices, [sequences[i] for i in indices], budget)]
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for cost, piece in sorted(((tokens(p), p) for p in pieces), key=lambda x: -x[0]):  # first fit decreasing
+        fits = next((b for b, left in enumerate(room) if cost <= left), len(room))
+        if fits == len(room):
+            batches.append([])
+            room.append(budget)
+        batches[fits] += piece
+        room[fits] -= cost
+
+    costs = [tokens(b) for b in batches]
+    while len(batches) % ranks:
+        largest = max(range(len(batches)), key=lambda b: (len(batches[b]) > 1, costs[b]))
+        whole = batches[largest]
+        batches[largest : largest + 1] = [whole[: (len(whole) + 1) // 2], whole[(len(whole) + 1) // 2 :]]
+        costs[largest : largest + 1] = [tokens(b) for b in batches[largest : largest + 2]]
+    out: list[list[list[int]]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for b in sorted(range(len(batches)), key=lambda b: -costs[b]):
+        rank = min((r for r in range(ranks) if len(out[r]) < len(batches) // ranks), key=lambda r: load[r])
+        out[rank].append(batches[b])
+        load[rank] += costs[b]
+    return out
+
+
+def _cut(indices: Sequence[int], sequences: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Sequences in the order of their trie, cut whenever its tokens would exceed the budget."""
+    tree = trie(Ragged.of(sequences))
+    added = np.zeros(len(sequences), np.int64)  # tokens that each adds to those before it
+    np.add.at(added, tree.first[:-1], tree.end - tree.start)
+    pieces: list[list[int]] = []
+    used = 0
+    for i, new in zip(tree.order.tolist(), added.tolist(), strict=True):
+        used += new
+        if not pieces or used > budget:
+            pieces.append([])
+            used = len(sequences[i])
+        pieces[-1].append(indices[i])
+    return pieces
+
+
+def _sequences(rollouts: Sequence[Rollout], heads: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """What the model reads: the last token predicts nothing that is needed."""
+    return [head + r.response_ids[:-1] for head, r in zip(heads, rollouts, strict=True)]
+
+
+@torch.no_grad()
+def unpackable(model: Model) -> str:
+    """Why the model cannot be trained packed; "" when it can, which two sequences with a common prefix have shown."""
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return FAULT.format("the model caps its attention logits")
+    if model.window is not None:
+        return FAULT.format(f"the model has a sliding window of {model.window} tokens")
+    if not getattr(model.lm, "_supports_attention_backend", False):
+        return FAULT.format(f"{type(model.lm).__name__} has an attention of its own")
+    if model.device.type not in ("cpu", "cuda"):
+        return f"tree attention has no kernels for {model.device.type}"
+    if model.device.type == "cuda" and model.lm.dtype == torch.float32:
+        return "tree attention on a GPU takes bfloat16 weights (model.dtype), not float32"
+    rows = [[i % model.config.vocab_size for i in row] for row in ((1, 2, 3, 4, 5), (1, 2, 3, 6, 7))]
+    plain = model.hidden(torch.tensor(rows, device=model.device), use_cache=False)[:, 2:].flatten(0, 1)
+    packed = packed_hidden(model, Pack.of(rows, [2, 2], model.device, min_saving=1))
+    tolerance = 1e-3 if model.lm.dtype == torch.float32 else 0.1
+    if not torch.allclose(packed, plain, rtol=tolerance, atol=tolerance * float(plain.abs().max())):
+        return FAULT.format("the model's hidden states differ when packed: its layers see more than ancestors")
+    return ""
