@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.prefix_tree import Ragged, build, trie
 from fst_fast.records import Prompt, Rollout
-from fst_fast.slow.tree_attention import FAULT, Call, calls_of, tree_hidden
+from fst_fast.slow.tree_attention import Call, calls_of, tree_hidden
 
 MIN_SAVING = 32  # tokens; a stretch that saves fewer is computed by each sequence: every node costs kernel calls
 
@@ -123,20 +124,24 @@ def _sequences(rollouts: Sequence[Rollout], heads: Sequence[tuple[int, ...]]) ->
 @torch.no_grad()
 def unpackable(model: Model) -> str:
     """Why the model cannot be trained packed; "" when it can, which two sequences with a common prefix have shown."""
+    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     if getattr(model.config, "attn_logit_softcapping", None):
-        return FAULT.format("the model caps its attention logits")
+        return "the model caps its attention logits, which tree attention does not know"
     if model.window is not None:
-        return FAULT.format(f"the model has a sliding window of {model.window} tokens")
+        return f"the model has a sliding window of {model.window} tokens, which tree attention does not know"
     if not getattr(model.lm, "_supports_attention_backend", False):
-        return FAULT.format(f"{type(model.lm).__name__} has an attention of its own")
+        return f"{type(model.lm).__name__} has an attention of its own, which tree attention cannot replace"
     if model.device.type not in ("cpu", "cuda"):
         return f"tree attention has no kernels for {model.device.type}"
-    if model.device.type == "cuda" and model.lm.dtype == torch.float32:
-        return "tree attention on a GPU takes bfloat16 weights (model.dtype), not float32"
+    if model.device.type == "cuda" and (model.lm.dtype == torch.float32 or head_dim % 8 or head_dim > 256):
+        return "tree attention on a GPU takes bfloat16 (model.dtype) and attention heads of 8, 16, ... 256"
     rows = [[i % model.config.vocab_size for i in row] for row in ((1, 2, 3, 4, 5), (1, 2, 3, 6, 7))]
     plain = model.hidden(torch.tensor(rows, device=model.device), use_cache=False)[:, 2:].flatten(0, 1)
-    packed = packed_hidden(model, Pack.of(rows, [2, 2], model.device, min_saving=1))
+    try:
+        packed = packed_hidden(model, Pack.of(rows, [2, 2], model.device, min_saving=1))
+    except UserError as error:
+        return str(error)
     tolerance = 1e-3 if model.lm.dtype == torch.float32 else 0.1
     if not torch.allclose(packed, plain, rtol=tolerance, atol=tolerance * float(plain.abs().max())):
-        return FAULT.format("the model's hidden states differ when packed: its layers see more than ancestors")
+        return "the model's hidden states are others when packed: its layers see more than a token's ancestors"
     return ""

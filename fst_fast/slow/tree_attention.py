@@ -8,8 +8,8 @@ the merged output and log-sum-exp, as ring attention does (Liu et al. 2023, arXi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from fst_fast.prefix_tree import PrefixTree
 
 NAME = "fst_tree"  # in transformers' AttentionInterface
 BLOCK = 128  # the CPU's causal kernel computes what it masks: 700 tokens at once took 1.5 times those in such blocks
-FAULT = "{}, which tree attention cannot do"
+
+Cumulative = tuple[
+    torch.Tensor, torch.Tensor, int, int
+]  # as flash attention's `cu_seqlens` of q and k, and the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,36 +35,35 @@ class Call:
     k: int
     k_end: int
     causal: bool
-    cu: tuple[torch.Tensor, torch.Tensor, int, int] | None = None  # on a GPU: cumulative and longest lengths of q, k
+    cu: Cumulative | None = None  # on a GPU
 
 
 def calls_of(tree: PrefixTree, device: torch.device) -> list[Call]:
     """The calls for tokens packed node after node. The causal ones come first and cover every token once."""
     lengths = [node.end - node.start for node in tree.nodes]
-    below = [0] * len(lengths)  # tokens below each node: the ones that follow its own
+    below = [0] * len(lengths)  # tokens below each node; they follow its own
     for k in reversed(range(len(lengths))):
         if (parent := tree.nodes[k].parent) >= 0:
             below[parent] += lengths[k] + below[k]
-    at = [sum(lengths[:k]) for k in range(len(lengths))]
-    rest = [
-        Call(start + n, start + n + m, start, start + n, False)
-        for start, n, m in zip(at, lengths, below, strict=True)
-        if m
-    ]
+    bounds = [0, *accumulate(lengths)]
+    down = [Call(end, end + n, start, end, False) for (start, end), n in zip(pairwise(bounds), below, strict=True) if n]
     if device.type == "cuda":
-        bounds = [*at, sum(lengths)]
-        return [_on_gpu(Call(0, bounds[-1], 0, bounds[-1], True), bounds, bounds, device)] + [
-            _on_gpu(c, [0, c.q_end - c.q], [0, c.k_end - c.k], device) for c in rest
-        ]
-    blocks = [(s, i, min(s + n, i + BLOCK)) for s, n in zip(at, lengths, strict=True) for i in range(s, s + n, BLOCK)]
+        return _gpu_calls(bounds, down, device)
+    blocks = [(start, i, min(i + BLOCK, end)) for start, end in pairwise(bounds) for i in range(start, end, BLOCK)]
     own = [Call(i, end, i, end, True) for _, i, end in blocks]
-    return own + [Call(i, end, s, i, False) for s, i, end in blocks if s < i] + rest
+    return own + [Call(i, end, start, i, False) for start, i, end in blocks if start < i] + down
 
 
-def _on_gpu(c: Call, q: Sequence[int], k: Sequence[int], device: torch.device) -> Call:
-    cu = [torch.tensor(x, dtype=torch.int32, device=device) for x in (q, k)]
-    longest = [max(b - a for a, b in pairwise(x)) for x in (q, k)]
-    return Call(c.q, c.q_end, c.k, c.k_end, c.causal, (cu[0], cu[1], longest[0], longest[1]))
+def _gpu_calls(bounds: Sequence[int], down: Sequence[Call], device: torch.device) -> list[Call]:
+    """All nodes' own tokens are one call with variable lengths; `bounds` of the nodes are int32 there."""
+
+    def cu(q: Sequence[int], k: Sequence[int]) -> Cumulative:
+        on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (q, k)]
+        longest = [max(b - a for a, b in pairwise(x)) for x in (q, k)]
+        return on_device[0], on_device[1], longest[0], longest[1]
+
+    own = Call(0, bounds[-1], 0, bounds[-1], True, cu(bounds, bounds))
+    return [own] + [replace(c, cu=cu([0, c.q_end - c.q], [0, c.k_end - c.k])) for c in down]
 
 
 class TreeAttention(torch.autograd.Function):
@@ -119,7 +121,7 @@ def _backward(
     if c.cu is not None:
         random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
         return torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse.T.contiguous(), *c.cu, 0.0, c.causal, random, random, scale=scale
+            grad.contiguous(), q, k, v, out, lse.T.contiguous(), *c.cu, 0.0, c.causal, random, random[:0], scale=scale
         )
     groups = k.shape[1]
     grad, out = (x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3) for x in (grad, out))
@@ -141,12 +143,15 @@ def attend(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: object,
     *, tree: Sequence[Call], scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """What transformers calls: query [1, H, T, D], key and value [1, K, T, D] → [1, T, H, D]."""
+    """What transformers calls: query [1, H, T, D], key and value [1, K, T, D] → [1, T, H, D].
+
+    Raises UserError for what would change the numbers and the kernels cannot do.
+    """
     for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise UserError(f"slow.pack: {FAULT.format(f'{type(module).__name__} has {name}')}; use slow.pack off")
+            raise UserError(f"{type(module).__name__} has {name}, which tree attention does not know")
     if dropout or attention_mask is not None:
-        raise UserError(f"slow.pack: {FAULT.format('the model has dropout or a mask of its own')}; use slow.pack off")
+        raise UserError("the model has dropout or a mask of its own, which tree attention does not know")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return TreeAttention.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), tree, scale)[None], None
 
