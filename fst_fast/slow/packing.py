@@ -63,56 +63,49 @@ def packed_hidden(model: Model, packed: Pack) -> torch.Tensor:
 def packed_batches(rollouts: Sequence[Rollout], budget: int, ranks: int = 1) -> list[list[list[int]]]:
     """Per rank its micro-batches, as indices of rollouts, of at most `budget` tokens of their trie (or one rollout).
 
-    Every rank has equally many, of about equally many tokens; an empty one where there are too few rollouts. A prompt
-    is spread over micro-batches only where it does not fit into one, and the ends of several share one.
+    Every rank has equally many, and those that ranks work on together are of similar sizes; empty ones where there are
+    too few rollouts. A prompt is spread over micro-batches only where it does not fit into one, or for want of as many;
+    the ends of several share one.
     """
     sequences = _sequences(rollouts, [r.prompt_ids for r in rollouts])
-
-    def tokens(indices: Sequence[int]) -> int:
-        return trie(Ragged.of([sequences[i] for i in indices])).tokens
-
     of_prompt: dict[Prompt, list[int]] = {}
     for i, r in enumerate(rollouts):
         of_prompt.setdefault(r.prompt, []).append(i)
-    pieces = [p for indices in of_prompt.values() for p in _cut(indices, [sequences[i] for i in indices], budget)]
-    batches: list[list[int]] = []
-    room: list[int] = []
-    for cost, piece in sorted(((tokens(p), p) for p in pieces), key=lambda x: -x[0]):  # first fit decreasing
-        fits = next((b for b, left in enumerate(room) if cost <= left), len(room))
-        if fits == len(room):
-            batches.append([])
-            room.append(budget)
-        batches[fits] += piece
-        room[fits] -= cost
-
-    costs = [tokens(b) for b in batches]
+    pieces = [piece for indices in of_prompt.values() for piece in _cut(indices, sequences, budget)]
+    batches: list[tuple[int, list[int]]] = []  # with their tokens
+    for tokens, piece in sorted(pieces, key=lambda p: -p[0]):  # first fit decreasing
+        fits = (b for b, (used, _) in enumerate(batches) if used + tokens <= budget)
+        if (b := next(fits, None)) is None:
+            batches.append((tokens, piece))
+        else:
+            batches[b] = (batches[b][0] + tokens, batches[b][1] + piece)
     while len(batches) % ranks:
-        largest = max(range(len(batches)), key=lambda b: (len(batches[b]) > 1, costs[b]))
-        whole = batches[largest]
-        batches[largest : largest + 1] = [whole[: (len(whole) + 1) // 2], whole[(len(whole) + 1) // 2 :]]
-        costs[largest : largest + 1] = [tokens(b) for b in batches[largest : largest + 2]]
+        batches.sort(key=lambda batch: (len(batch[1]) > 1, batch[0]))
+        largest = batches.pop()[1]
+        halves = largest[: (len(largest) + 1) // 2], largest[(len(largest) + 1) // 2 :]
+        batches += [(trie(Ragged.of([sequences[i] for i in half])).tokens, half) for half in halves]
+    batches.sort(key=lambda batch: -batch[0])
     out: list[list[list[int]]] = [[] for _ in range(ranks)]
     load = [0] * ranks
-    for b in sorted(range(len(batches)), key=lambda b: -costs[b]):
-        rank = min((r for r in range(ranks) if len(out[r]) < len(batches) // ranks), key=lambda r: load[r])
-        out[rank].append(batches[b])
-        load[rank] += costs[b]
+    for i in range(0, len(batches), ranks):  # the largest of each round to who has the least so far
+        least = sorted(range(ranks), key=load.__getitem__)
+        for rank, (tokens, batch) in zip(least, batches[i : i + ranks], strict=True):
+            out[rank].append(batch)
+            load[rank] += tokens
     return out
 
 
-def _cut(indices: Sequence[int], sequences: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Sequences in the order of their trie, cut whenever its tokens would exceed the budget."""
-    tree = trie(Ragged.of(sequences))
-    added = np.zeros(len(sequences), np.int64)  # tokens that each adds to those before it
+def _cut(indices: Sequence[int], sequences: Sequence[Sequence[int]], budget: int) -> list[tuple[int, list[int]]]:
+    """Sequences in the order of their trie, cut wherever its tokens would exceed the budget; with the tokens."""
+    tree = trie(Ragged.of([sequences[i] for i in indices]))
+    added = np.zeros(len(indices), np.int64)  # tokens that each adds to those before it
     np.add.at(added, tree.first[:-1], tree.end - tree.start)
-    pieces: list[list[int]] = []
-    used = 0
-    for i, new in zip(tree.order.tolist(), added.tolist(), strict=True):
-        used += new
-        if not pieces or used > budget:
-            pieces.append([])
-            used = len(sequences[i])
-        pieces[-1].append(indices[i])
+    pieces: list[tuple[int, list[int]]] = []
+    for i, new in zip((indices[i] for i in tree.order.tolist()), added.tolist(), strict=True):
+        if pieces and pieces[-1][0] + new <= budget:
+            pieces[-1] = (pieces[-1][0] + new, [*pieces[-1][1], i])
+        else:
+            pieces.append((len(sequences[i]), [i]))
     return pieces
 
 
