@@ -230,7 +230,7 @@ def test_ranks_carry_about_the_same_in_every_round_and_together() -> None:
     sizes = [[tokens(rollouts, b) for b in of_rank] for of_rank in packed_batches(rollouts, 500, 4)]
     waited = sum(max(round_) for round_ in zip(*sizes, strict=True))  # by ranks that meet after every micro-batch
     assert waited < 1.05 * sum(map(sum, sizes)) / 4
-    assert max(map(sum, sizes)) < 1.05 * min(map(sum, sizes))
+    assert max(map(sum, sizes)) < 1.1 * min(map(sum, sizes))
 
 
 def test_too_few_rollouts_leave_ranks_empty_micro_batches() -> None:
