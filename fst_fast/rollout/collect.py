@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 from fst_fast.model import Model
+from fst_fast.ranks import Ranks
 from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.reuse import RolloutStore
@@ -38,7 +39,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Rollouts under way: what `Collector.submit` gives, and `Collector.finish` takes once."""
+    """This rank's rollouts under way: what `Collector.submit` gives, and `Collector.finish` takes once."""
 
     task: Task
     asks: list[Ask]
@@ -50,7 +51,10 @@ class Asked:
 
 
 class Collector:
-    """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one."""
+    """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one.
+
+    Every rank is asked for the same, samples its share with an engine of its own, and returns it all.
+    """
 
     def __init__(
         self,
@@ -60,9 +64,10 @@ class Collector:
         totals: Totals,
         sampling: SamplingParams,
         seed: int,
+        ranks: Ranks | None = None,
     ):
         self.model, self.engine, self.store, self.totals = model, engine, store, totals
-        self.sampling, self._seed = sampling, seed
+        self.sampling, self._seed, self.ranks = sampling, seed, ranks or Ranks()
         self._ids = count()
         self._done: dict[int, Completion] = {}  # finished, and not yet asked for
 
@@ -94,7 +99,7 @@ class Collector:
         may begin; what is not finished when those are loaded is finished by them."""
         version = self.engine.policy_version
         encoded: dict[tuple[str, str], tuple[int, ...]] = {}  # a chat template is applied once per (prompt, problem)
-        requests = []
+        requests, asks = [], self.ranks.share(asks)
         for ask in asks:
             pair = (ask.prompt.text, ask.problem.id)
             if pair not in encoded:
@@ -104,18 +109,20 @@ class Collector:
             requests.append(
                 Request(next(self._ids), encoded[pair], self.sampling, seed, priority, version + ahead, ask.problem.id)
             )
-        self.engine.submit(requests)
-        return Asked(task, list(asks), requests, purpose, step, scoring, range(version, version + ahead + 1))
+        if requests:
+            self.engine.submit(requests)
+        return Asked(task, asks, requests, purpose, step, scoring, range(version, version + ahead + 1))
 
     def finish(self, asked: Asked) -> list[Rollout]:
         """One rollout per ask, in their order, when all of them are done."""
         done = self._drain(asked.requests)
         if strangers := {v for c in done for v, _ in c.versions} - set(asked.versions):
             raise RuntimeError(f"rollouts for weights {asked.versions} were sampled by weights {min(strangers)}")
-        rollouts = [
+        own = [
             self._rollout(asked, ask, request, completion)
             for ask, request, completion in zip(asked.asks, asked.requests, done, strict=True)
         ]
+        rollouts = self.ranks.join(own)
         self.store.add(rollouts, step=asked.step)
         self._count(rollouts, asked.purpose)
         return rollouts
@@ -132,11 +139,12 @@ class Collector:
             Request(
                 next(self._ids), self.model.encode_chat(messages), sampling, derive(self._seed, "complete", *key, i)
             )
-            for i, messages in enumerate(conversations)
+            for i, messages in self.ranks.share(list(enumerate(conversations)))
         ]
         room = self.model.context - sampling.max_new_tokens
         fitting = [r for r in requests if len(r.prompt_ids) <= room]
-        self.engine.submit(fitting)
+        if fitting:
+            self.engine.submit(fitting)
         done = {c.id: c for c in self._drain(fitting)}
 
         def answer(r: Request) -> Answer:
@@ -146,7 +154,7 @@ class Collector:
             fault = "" if c.finish_reason == "stop" else f"cut off at {len(c.response_ids)} tokens"
             return Answer(self.model.decode(c.response_ids), fault, len(r.prompt_ids), len(c.response_ids))
 
-        return [answer(r) for r in requests]
+        return self.ranks.join([answer(r) for r in requests])
 
     def _drain(self, requests: list[Request]) -> list[Completion]:
         """Of these requests, in their order; what else finishes on the way is kept for those who asked."""
