@@ -81,9 +81,15 @@ class Policy:
         moments = {key: dict(zip(self._names, [s[key] for s in states], strict=True)) for key in states[0]}
         return {"masters": dict(zip(self._names, self.masters, strict=True)), **moments, "updates": self.updates}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was read into the tensors of `state_dict()`."""
+        """Take over such a dictionary; tensors may have been read right into those of `state_dict()`."""
+        own = self.state_dict()
         self.updates = state["updates"]
+        for key in own.keys() - {"updates"}:
+            for name, tensor in own[key].items():
+                if tensor is not state[key][name]:
+                    tensor.copy_(state[key][name])
         self._publish()
 
 
