@@ -7,6 +7,7 @@ written last, holds a checksum of every file: a folder that does not match is pa
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,6 +28,8 @@ from fst_fast.files import DISK_FULL, sync_directory, write_atomic
 from fst_fast.model import Model
 from fst_fast.ranks import Ranks
 from fst_fast.slow.policy import Policy
+
+SOME_SPACE = 1 << 20  # bytes; with less left, a write that failed found the disk full
 
 
 class Saver:
@@ -108,7 +111,7 @@ def _write(folder: Path, trained: dict[str, Any], ranks: Ranks) -> None:
     import torch.distributed.checkpoint as dcp
 
     writer, group = dcp.FileSystemWriter(folder, sync_files=False), ranks.group
-    with _plain_errors(), warnings.catch_warnings():
+    with _plain_errors(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process
         dcp.save(trained, storage_writer=writer, process_group=group, no_dist=group is None)
 
@@ -197,21 +200,27 @@ def load_policy(folder: Path, policy: Policy, ranks: Ranks | None = None) -> Non
     import torch.distributed.checkpoint as dcp
 
     trained, group = policy.state_dict(), ranks.group if ranks else None
-    with torch.no_grad(), _plain_errors(), warnings.catch_warnings():
+    with torch.no_grad(), _plain_errors(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process
         dcp.load(trained, checkpoint_id=folder / "trainer", process_group=group, no_dist=group is None)
     policy.load_state_dict(trained)
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """torch.distributed.checkpoint wraps what went wrong on any rank: here it is itself again."""
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """torch.distributed.checkpoint wraps what went wrong on any rank, and torch.save what the system said: here it is
+    itself again."""
     from torch.distributed.checkpoint import CheckpointException
 
     try:
         yield
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
+        cause: BaseException = next(iter(error.failures.values()))[0]
+        if isinstance(cause.__context__, OSError):
+            cause = cause.__context__
+        elif shutil.disk_usage(folder).free < SOME_SPACE:  # it came from another process, without its context
+            cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        raise cause from error
 
 
 @contextmanager
