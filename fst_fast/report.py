@@ -21,7 +21,7 @@ from fst_fast import cli
 from fst_fast.errors import UserError
 from fst_fast.files import write_atomic
 from fst_fast.plots import LINES, PANELS, VARIABLES, Group, group_runs, svg
-from fst_fast.telemetry import Record, Run, count, number, parse, plain, read_lines, read_run
+from fst_fast.telemetry import Record, Run, cost_facts, count, number, parse, plain, read_lines, read_run
 
 MAX_BYTES = 3_000_000  # of a page
 SAMPLED_BYTES = 8_000_000  # read of a run's rollouts: a run of minutes writes 30 MB
@@ -223,8 +223,6 @@ class _Texts:
 
 def view(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
     """Everything the page shows of one run, as plain data."""
-    spent = run.end["time"].get("seconds") if run.end and "time" in run.end else None
-    spent = spent or sum(r.get("time", {}).get("seconds", 0) for r in run.steps + run.evals + run.evolves)
     rollouts, gepa, toml = run.total("rollouts"), run.total("gepa_rollouts"), run.dir / "config.toml"
     facts = [
         ("mode", f"{run.mode}: {MODES.get(run.mode, 'unknown')}"),
@@ -236,7 +234,7 @@ def view(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
         ("rollouts", f"{rollouts:,}, of them GEPA's {gepa:,} ({gepa / max(rollouts, 1):.0%})"),
         ("tokens", f"{run.total('tokens'):,}, of them GEPA's {run.total('gepa_tokens'):,}"),
         ("steps", f"{run.total('step'):,}"),
-        ("time", f"{spent / 60:.1f} minutes" if spent >= 120 else f"{spent:.0f} seconds"),
+        *cost_facts(run),
     ]
     return {
         "name": plain(run.dir.resolve().name, 60),

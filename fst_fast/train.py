@@ -11,8 +11,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 
 from fst_fast import checkpoint
 from fst_fast.cli import parse_train, read_config, run
-from fst_fast.config import Config, Stage, check, stages, to_toml
+from fst_fast.config import Config, Stage, check, check_installed, proposals_of, stages, to_toml
 from fst_fast.context import check_room, longest_problem, room
 from fst_fast.data import DataOrder
 from fst_fast.errors import UserError
@@ -32,7 +32,9 @@ from fst_fast.fast.lineage import lineage, summary
 from fst_fast.fast.population import Member, distinct
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.files import Appender, write_atomic
+from fst_fast.meter import Meter
 from fst_fast.model import load_model
+from fst_fast.rates import peak_flops
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
 from fst_fast.report import write_report
 from fst_fast.rollout import make_engine
@@ -41,6 +43,7 @@ from fst_fast.rollout.collect import Ask, Asked, Collector, version_metrics
 from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import Plan, Reused, RolloutStore, Rule, plan, reuse_metrics
 from fst_fast.seeding import stream
+from fst_fast.shape import shape_of
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner, StepReport
 from fst_fast.slow.policy import Policy
@@ -99,7 +102,9 @@ class Trainer:
     """The verbs of the loop, over the parts of a run and its state."""
 
     def __init__(self, config: Config, run_dir: Path):
+        self.meter = Meter()
         check(config)
+        check_installed(config)
         torch.set_num_threads(config.threads)
         self.config, self.run_dir = config, run_dir
         self.stages = stages(config.stream)
@@ -121,6 +126,8 @@ class Trainer:
         self.checked_update = False
         self.state = State(best=Prompt(self.tasks[0].seed_prompt))
         self.inputs = fingerprint(self.tasks, self.base)
+        self.shape = shape_of(self.model.lm.config, sum(p.numel() for p in self.model.lm.parameters()), path)
+        self.peak = peak_flops(self.model.device, config.peak_tflops)
         self.saved = -1  # step of the newest checkpoint
         self.ahead: Batch | None = None  # the next step's
 
@@ -150,7 +157,11 @@ class Trainer:
         self.serve(self.store)
         if resume:
             self.telemetry.log(f"resumed {run_dir} at step {self.state.step}")
-        return self.telemetry
+        self.meter.start(self.model.device, config.price_per_gpu_hour, self.telemetry.log)
+        parts = ExitStack()
+        parts.enter_context(self.telemetry)
+        parts.callback(self.meter.close)
+        return parts
 
     def restore(self) -> dict[str, int]:
         """Weights, optimizer and state of the newest good checkpoint; returns the lengths of the run's logs there,
@@ -173,7 +184,9 @@ class Trainer:
         """Open the door to rollouts by the present weights."""
         sampling = SamplingParams(self.config.rollout.temperature, self.config.rollout.max_new_tokens)
         scheduler = Scheduler([self.engine], lookahead=self.config.rollout.lookahead)
-        self.collector = Collector(self.model, scheduler, store, self.state.totals, sampling, self.config.seed)
+        self.collector = Collector(
+            self.model, scheduler, store, self.state.totals, sampling, self.config.seed, self.meter.phase
+        )
         self.engine.load_weights(self.model, self.state.step)
 
     def save(self) -> None:
@@ -189,7 +202,8 @@ class Trainer:
             "rollout_count": self.store.count,
         }
         state = {**self.state.to_dict(), "inputs": self.inputs, "offsets": offsets}
-        checkpoint.save(self.run_dir, self.policy, state, keep=self.config.keep_checkpoints)
+        with self.meter.phase("checkpoint"):
+            checkpoint.save(self.run_dir, self.policy, state, keep=self.config.keep_checkpoints)
         self.saved = self.state.step
 
     # -------------------------------------------------------------------------------------------------- the verbs
@@ -217,14 +231,9 @@ class Trainer:
 
     def evolve(self, *, proposals: int | None = None) -> None:
         """One GEPA cycle with the weights as they are, on the problems of the next T batches."""
-        config, started = self.config.fast, time.monotonic()
+        config = self.config.fast
         if proposals is None:
-            proposals = config.first_proposals if self.state.step == self.stage.start else config.proposals
-            if self.config.mode == "gepa":
-                # the rollouts that the steps would take, at what a proposal costs: two minibatches, and a scoring
-                # for the third of them that is accepted (measured on glyph)
-                steps = config.every * self.config.rollout.problems * self.config.rollout.group_size
-                proposals += steps // (2 * config.minibatch + config.scoring_problems // 3)
+            proposals = proposals_of(self.config, first=self.state.step == self.stage.start)
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
             self.engine.load_weights(self.base, BASE_VERSION)
         ahead = self.order.lookahead(self.state.step - self.stage.start, config.every)
@@ -242,25 +251,27 @@ class Trainer:
                 asks.append(Ask(prompt, problem, samples[prompt, problem.id]))
                 samples[prompt, problem.id] += 1
             key = (self.state.cycle, calls)
-            return self.collector.collect(
-                self.task, asks, purpose="gepa", step=self.state.step, key=key, scoring=scoring
-            )
+            with self.meter.phase("scoring" if scoring else "minibatch"):
+                return self.collector.collect(
+                    self.task, asks, purpose="gepa", step=self.state.step, key=key, scoring=scoring
+                )
 
         reflector = self.reflectors[self.stage.index]
         assert reflector is not None
-        evolution = evolve(
-            self.state.pool,
-            ahead[: config.scoring_problems],
-            ahead,
-            rollouts_of,
-            reflector,
-            config,
-            proposals=proposals,
-            seed=self.config.seed,
-            cycle=self.state.cycle,
-            blind=self._reuses,
-            fits=self._fits,
-        )
+        with self.meter.phase("reflect"):  # and what GEPA does by itself
+            evolution = evolve(
+                self.state.pool,
+                ahead[: config.scoring_problems],
+                ahead,
+                rollouts_of,
+                reflector,
+                config,
+                proposals=proposals,
+                seed=self.config.seed,
+                cycle=self.state.cycle,
+                blind=self._reuses,
+                fits=self._fits,
+            )
         if self.config.mode == "fst-distill":
             self.engine.load_weights(self.model, self.state.step)
         self.state.pool, self.state.population = list(evolution.pool), list(evolution.population)
@@ -270,35 +281,30 @@ class Trainer:
         new = self.state.cycle == 0 or self.state.step == self.stage.start
         lines = lineage(evolution, Prompt(self.task.seed_prompt) if new else None)
         self.lineage.write("".join(json.dumps({**where, **line}) + "\n" for line in lines))
-        record = {"kind": "evolve", **where, **summary(evolution), "time": {"seconds": time.monotonic() - started}}
+        record = {"kind": "evolve", **where, **summary(evolution), "time": self.meter.read()}
         self.telemetry.write(record, prompt=self.state.best.text)
         self.state.cycle += 1
 
     def learn(self) -> None:
         """One step: rollouts of the next batch, spread over the prompts, and one slow step on their groups."""
         started = time.monotonic()
-        report, rollouts, sampled, lr = StepReport(0, 0, {}), [], started, self.policy.lr
+        report, rollouts, lr = StepReport(0, 0, {}), [], self.policy.lr
         reuse, before = Plan(self.state.reused.cap), replace(self.engine.stats)
         if self.config.mode != "gepa":
-            batch = self.ahead or self._ask(self.state.step)
-            self.ahead = self._ask(self.state.step + 1) if self._asks_ahead else None
-            rollouts, reuse = self._batch_rollouts(batch), batch.reuse
-            sampled = time.monotonic()
-            rng = stream(self.config.seed, "minibatches", self.state.step)
-            if self.config.mode == "fst-distill":
-                contexts = [
-                    self.model.encode_chat(self.task.messages(self.state.best.text, r.problem)) for r in rollouts
-                ]
-                report = self.learner.distill(rollouts, contexts, rng)
-            else:
-                report = self.learner.step(group_by_problem(rollouts), rng)
+            with self.meter.phase("rollout"):
+                batch = self.ahead or self._ask(self.state.step)
+                self.ahead = self._ask(self.state.step + 1) if self._asks_ahead else None
+                rollouts, reuse = self._batch_rollouts(batch), batch.reuse
+            with self.meter.phase("learn"):
+                report = self._learn_from(rollouts)
         self.state.step += 1
-        self.collector.engine.load_weights(self.model, self.state.step)  # what was asked ahead goes on with them
+        with self.meter.phase("sync"):
+            self.collector.engine.load_weights(self.model, self.state.step)  # what was asked ahead goes on with them
         tokens = sum(len(r.response_ids) for r in rollouts)
         fresh = [r for r in rollouts if r.purpose == "rl"]
         prompt_tokens = self.engine.stats.prompt_tokens - before.prompt_tokens
         computed = self.engine.stats.computed_prompt_tokens - before.computed_prompt_tokens
-        now = time.monotonic()
+        seconds = time.monotonic() - started
         record: dict[str, Any] = {"kind": "step", **self._where()}
         if rollouts:
             record |= {
@@ -318,15 +324,9 @@ class Trainer:
             record["reuse"] = reuse_metrics(
                 reuse, rollouts, report.log_ratios, version=self.state.step - 1, weight_max=self.config.slow.weight_max
             )
-        record |= {
-            **asdict(self.state.totals),
-            "time": {
-                "seconds": now - started,
-                "rollout": sampled - started,
-                "learn": now - sampled,
-                "tokens_per_second": sum(len(r.response_ids) for r in fresh) / max(now - started, 1e-9),
-            },
-        }
+        record |= asdict(self.state.totals)
+        record["time"] = self.meter.read() | {"tokens_per_second": sum(len(r.response_ids) for r in fresh) / seconds}
+        record["time"] |= self._mfu(fresh, report, record["time"])
         self.telemetry.write(record, prompt=self.state.best.text)
         if not self.checked_update:  # the first new weights have reached the engine, and no KV of the old is left
             check_engine(self.engine, self.model)
@@ -334,14 +334,9 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out reward and KL of what the run would deploy now."""
-        started = time.monotonic()
-        record = {
-            "kind": "eval",
-            **self._where(),
-            **self.held_out(self.task, self.names[self.stage.index]),
-            **asdict(self.state.totals),
-        }
-        record["time"] = {"seconds": time.monotonic() - started}
+        with self.meter.phase("eval"):
+            found = self.held_out(self.task, self.names[self.stage.index])
+        record = {"kind": "eval", **self._where(), **found, **asdict(self.state.totals), "time": self.meter.read()}
         self.telemetry.write(record, prompt=self.state.best.text)
 
     def held_out(self, task: Task, stream_name: str, others: Sequence[Prompt] = ()) -> dict[str, Any]:
@@ -376,7 +371,8 @@ class Trainer:
             return
         levels = read_run(self.run_dir).levels()
         reflection = asdict(self.state.reflection)
-        self.telemetry.write({"kind": "end", "step": self.state.step, "levels": levels, "reflection": reflection})
+        record = {"kind": "end", "step": self.state.step, "levels": levels, "reflection": reflection}
+        self.telemetry.write(record | {"time": self.meter.read()})
         self.state.complete = True
         self.save()
 
@@ -424,6 +420,31 @@ class Trainer:
             asks += [Ask(prompts[i % len(prompts)], problem, i // len(prompts)) for i in range(size)]
         return asks
 
+    def _learn_from(self, rollouts: Sequence[Rollout]) -> StepReport:
+        rng = stream(self.config.seed, "minibatches", self.state.step)
+        if self.config.mode == "fst-distill":
+            contexts = [self.model.encode_chat(self.task.messages(self.state.best.text, r.problem)) for r in rollouts]
+            return self.learner.distill(rollouts, contexts, rng)
+        return self.learner.step(group_by_problem(rollouts), rng)
+
+    def _mfu(self, fresh: Sequence[Rollout], report: StepReport, spent: Mapping[str, float]) -> dict[str, float]:
+        """Model FLOPs utilisation of learning alone and of the whole step, where the peak is known (shape.py counts).
+
+        Learning: three forward passes' worth of the policy over what was trained on, one of the base for the exact KL.
+        The whole step: also one over the fresh rollouts. Recomputation and the reuse gate are no model FLOPs.
+        """
+        if not self.peak or not report.log_ratios:
+            return {}
+        batches = [r for r, _ in report.log_ratios], fresh
+        trained, sampled = (
+            self.shape.forward_flops((len(r.prompt_ids), len(r.response_ids)) for r in batch) for batch in batches
+        )
+        learned = trained * (4 if self.config.slow.kl_coef else 3)
+        return {
+            "mfu": learned / spent["learn"] / self.peak,
+            "step_mfu": (learned + sampled) / spent["seconds"] / self.peak,
+        }
+
     def _plan(self, asks: Sequence[Ask], step: int) -> Plan:
         """Which of the asks of `step` GEPA's evaluations answer."""
         rule = Rule(
@@ -434,7 +455,8 @@ class Trainer:
             cap=self.config.fast.reuse_cap * self.state.reused.cap,
             used=frozenset(self.state.reused.used),
         )
-        found = plan(asks, self.store.scored, rule, self.learner.log_ratios)
+        with self.meter.phase("gate"):
+            found = plan(asks, self.store.scored, rule, self.learner.log_ratios)
         if found.cap < rule.cap:
             self.state.reused.cap /= 2
         return found

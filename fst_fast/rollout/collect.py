@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -51,7 +52,10 @@ class Asked:
 
 
 class Collector:
-    """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one."""
+    """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one.
+
+    `phase("verify")` is entered while responses are decoded and verified (meter.py).
+    """
 
     def __init__(
         self,
@@ -61,9 +65,10 @@ class Collector:
         totals: Totals,
         sampling: SamplingParams,
         seed: int,
+        phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ):
         self.model, self.engine, self.store, self.totals = model, engine, store, totals
-        self.sampling, self._seed = sampling, seed
+        self.sampling, self._seed, self._phase = sampling, seed, phase
         self._ids = count()
         self._done: dict[int, Completion] = {}  # finished, and not yet asked for
 
@@ -113,10 +118,11 @@ class Collector:
         done = self._drain(asked.requests)
         if strangers := {v for c in done for v, _ in c.versions} - set(asked.versions):
             raise EngineError(f"rollouts for weights {asked.versions} were sampled by weights {min(strangers)}")
-        rollouts = [
-            self._rollout(asked, ask, request, completion)
-            for ask, request, completion in zip(asked.asks, asked.requests, done, strict=True)
-        ]
+        with self._phase("verify"):
+            rollouts = [
+                self._rollout(asked, ask, request, completion)
+                for ask, request, completion in zip(asked.asks, asked.requests, done, strict=True)
+            ]
         self.store.add(rollouts, step=asked.step)
         self._count(rollouts, asked.purpose)
         return rollouts
