@@ -369,6 +369,7 @@ def cost_facts(run: Run) -> list[tuple[str, str]]:
     if not seconds:
         return []
     phases = sorted(((s, name) for name, s in spent.items() if name not in SUMS), reverse=True)
+    phases += [(seconds - sum(s for s, _ in phases), "other")] if phases else []
     shares = ", ".join(f"{name} {s / seconds:.0%}" for s, name in phases if s >= 0.005 * seconds)
     whole = f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
     facts = [("time", f"{whole}: {shares}" if shares else whole)]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fst_fast import checkpoint
-from fst_fast.cli import parse_train, read_config, run
+from fst_fast.cli import PlanCommand, parse_train, read_config, run
 from fst_fast.config import Config, Stage, check, check_installed, proposals_of, stages, to_toml
 from fst_fast.context import check_room, longest_problem, room
 from fst_fast.data import DataOrder
@@ -34,6 +34,7 @@ from fst_fast.fast.reflectors import make_reflector
 from fst_fast.files import Appender, write_atomic
 from fst_fast.meter import Meter
 from fst_fast.model import load_model
+from fst_fast.plan import show as plan_run
 from fst_fast.rates import peak_flops
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
 from fst_fast.report import write_report
@@ -57,6 +58,9 @@ BASE_VERSION = -1  # policy_version of what the frozen base model sampled
 
 def main(argv: Sequence[str]) -> None:
     command = parse_train(argv)
+    if isinstance(command, PlanCommand):
+        plan_run(command.config, command.plan)
+        return
     if command.resume:
         run_dir = Path(command.resume)
         config = read_config(run_dir)
