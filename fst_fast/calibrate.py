@@ -28,9 +28,10 @@ from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
 from fst_fast.slow.policy import Policy
 from fst_fast.tasks import make_task
-from fst_fast.tasks.glyph import GlyphTask, instruction_cases
+from fst_fast.tasks.glyph import GlyphTask, state
+from fst_fast.tasks.task import Task
 
-SMALL, LARGE = 24, 256  # rollouts asked together, between which the line is drawn
+SMALL, LARGE = 24, 512  # rollouts asked together, between which the line is drawn
 ROUNDS = 2
 
 
@@ -75,9 +76,7 @@ def calibrate(config: Config) -> Measured:
     """Samples and learns with the embedded model as `config` would, under prompts like those GEPA finds (glyph)."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     model, base = load_model(""), load_model("")
-    task = make_task(stages(config.stream)[0].task, seed=config.seed, jsonl=config.jsonl)
-    evolved = isinstance(task, GlyphTask) and config.mode != "rl"
-    texts = [text for text, _ in instruction_cases(config.fast.population, 1)] if evolved else [task.seed_prompt]
+    tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl) for s in stages(config.stream)]
     policy = Policy(model, config.slow)
     learner, calls, rng = Learner(policy, base, config.slow), count(), random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -85,32 +84,40 @@ def calibrate(config: Config) -> Measured:
         sampling = SamplingParams(config.rollout.temperature, config.rollout.max_new_tokens)
         collector = Collector(model, scheduler, RolloutStore(Path(scratch)), Totals(), sampling, config.seed)
 
-        def sample(n: int) -> list[Rollout]:
-            each = config.rollout.group_size
+        def sample(task: Task, n: int) -> list[Rollout]:
+            prompts, each = _prompts(task, config, rng), config.rollout.group_size
             asks = [
-                Ask(Prompt(texts[i % len(texts)]), task.train[i // each % len(task.train)], i % each) for i in range(n)
+                Ask(prompts[i % len(prompts)], task.train[i // each % len(task.train)], i // len(prompts))
+                for i in range(n)
             ]
             return collector.collect(task, asks, purpose="eval", step=0, key=(next(calls),))
 
-        rollouts = [
-            replace(r, verdict=Verdict(float(i % 2), "")) for i, r in enumerate(sample(LARGE))
-        ]  # also a warm-up; every group carries a gradient
-        line = _line(sample, SMALL, LARGE)
-        groups = group_by_problem(rollouts)
+        every = [r for task in tasks for r in sample(task, LARGE)]  # also a warm-up
+        sampled = _line(partial(sample, tasks[0]), SMALL, LARGE)
+        # every group is given a gradient
+        batch = every[: config.rollout.problems * config.rollout.group_size]
+        groups = group_by_problem([replace(r, verdict=Verdict(float(i % 2), "")) for i, r in enumerate(batch)])
         few = max(1, len(groups) // 8)
         learner.step(groups[:few], rng)  # warm-up
         learning = _line(lambda n: learner.step(groups[:n], rng), few, len(groups))
-        size = len(rollouts) / len(groups)
         saving = _seconds(lambda: checkpoint.save(Path(scratch), policy, {"step": 0}, keep=1))
-        gate = _seconds(lambda: learner.log_ratios(rollouts)) / len(rollouts)
-    prompt = fmean(len(r.prompt_ids) for r in rollouts)
-    response = fmean(len(r.response_ids) for r in rollouts)
-    lengths = Lengths(prompt, prompt, response, config.rollout.max_new_tokens)
-    return Measured(lengths, line, Line(learning.fixed, learning.each / size), gate, saving)
+        gate = _seconds(lambda: learner.log_ratios(every)) / len(every)
+    context = fmean(len(r.prompt_ids) for r in every)
+    lengths = Lengths(context, context, fmean(len(r.response_ids) for r in every), config.rollout.max_new_tokens)
+    each = learning.each * len(groups) / len(batch)  # a rollout
+    return Measured(lengths, sampled, Line(learning.fixed, each), gate, saving)
+
+
+def _prompts(task: Task, config: Config, rng: random.Random) -> list[Prompt]:
+    """What the run will sample under: in the end a glyph task's rules in words; else the seed prompt stands for all."""
+    if isinstance(task, GlyphTask) and config.mode in ("fst", "gepa"):
+        rules = (task.rules * config.fast.population)[: config.fast.population]
+        return [Prompt(state(rule, rng)) for rule in rules]
+    return [Prompt(task.seed_prompt)]
 
 
 def _line(work: Callable[[int], object], small: int, large: int) -> Line:
-    a, b = (min(_seconds(partial(work, n)) for _ in range(ROUNDS)) for n in (small, large))
+    a, b = (fmean(_seconds(partial(work, n)) for _ in range(ROUNDS)) for n in (small, large))
     each = (b - a) / max(1, large - small)
     return Line(max(0.0, a - each * small), each)
 

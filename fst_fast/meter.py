@@ -79,8 +79,8 @@ def open_gpu(device: torch.device, log: Callable[[str], None]) -> GpuSampler | N
 class GpuSampler:
     """Reads power, memory and utilisation in a thread of its own. Energy is the integral of power (trapezoids)."""
 
-    def __init__(self, nvml: Any, handle: Any, log: Callable[[str], None], *, interval: float = INTERVAL):
-        self._nvml, self._handle, self._log, self._interval = nvml, handle, log, interval
+    def __init__(self, nvml: Any, handle: Any, log: Callable[[str], None]):
+        self._nvml, self._handle, self._log = nvml, handle, log
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._last = self._sample()  # raises here what it cannot do at all
         self._start = self._last
@@ -105,7 +105,7 @@ class GpuSampler:
         self._nvml.nvmlShutdown()
 
     def _run(self) -> None:
-        while not self._ended.wait(self._interval):
+        while not self._ended.wait(INTERVAL):
             try:
                 now = self._sample()
             except self._nvml.NVMLError as error:
