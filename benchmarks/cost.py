@@ -4,6 +4,7 @@
     python benchmarks/cost.py --shape qwen3-0.6b [--json FILE]            random weights of a shape, on a GPU
 
 Random weights end no response: all are rollout.max_new_tokens long, and rewards are dice, so that every part has work.
+Only groups with differing rewards are learnt from: their part is told, and RL has none at its start on glyph.
 Whatever else is given goes to the trainer (--rollout.problems 8 ...).
 """
 
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,8 @@ def main() -> None:
         for i, name in enumerate(args.only):
             run_dir = Path(folder) / f"run-{i}"
             common = {"run-dir": run_dir, "threads": args.threads, "progress": False, "tensorboard": False}
-            train([*words(common), *flags, *CONFIGS[name]])
+            with redirect_stdout(io.StringIO()):
+                train([*words(common), *flags, *CONFIGS[name]])
             results[name] = measured(read_run(run_dir), args.whole)
     title = f"{args.shape or 'embedded model'}, {args.steps} steps, {DEVICE}, {args.threads} thread(s)"
     print(f"\n{title}; {setting()}")
@@ -104,6 +108,7 @@ def measured(run: Run, whole: int) -> dict[str, Any]:
         "rollouts": run.total("rollouts"),
         "tokens": run.total("tokens"),
         "gepa_tokens": run.total("gepa_tokens"),
+        "live_groups": sum(r.get("live_groups", 0) for r in run.steps) / max(1, sum(r["groups"] for r in run.steps)),
         "mfu": run.utilisation("mfu", "learn"),
         "joules": spent.get("joules"),
         "max_new_tokens": run.config["rollout"]["max_new_tokens"],
@@ -122,6 +127,7 @@ def show(results: Mapping[str, Mapping[str, Any]], whole: int) -> None:
     unit = "GPU-hours" if DEVICE == "cuda" else "hours"
     print(f"{unit} of a run of {whole} steps, without start, evaluations and checkpoints:")
     print(" " * 14 + "".join(f"{r['device_hours']:16.3f}        " for r in results.values()))
+    print(f"{'live groups':14}" + "".join(f"{r['live_groups']:16.0%}        " for r in results.values()))
     print(f"{'tokens':14}" + "".join(f"{r['tokens']:16,}        " for r in results.values()))
 
 
