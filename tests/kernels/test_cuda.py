@@ -1,5 +1,6 @@
 """The CUDA row kernel: on a Hopper GPU as nvcc built it, elsewhere its source built by g++ with cuda_emulation.h."""
 
+import ctypes
 import math
 import shutil
 import subprocess
@@ -41,19 +42,9 @@ def _emulation(folder: Path, change: Callable[[str], str] = lambda source: sourc
         pytest.skip("there is no g++ to build the emulation")
     source, here = folder / "row_cluster.cu", Path(__file__).parent
     source.write_text(change((ROOT / "csrc/row_cluster.cu").read_text()))
-    command = [
-        "g++",
-        "-x",
-        "c++",
-        "-std=c++17",
-        "-O2",
-        "-ffp-contract=off",
-        "-fPIC",
-        "-shared",
-        "-DEMULATED_THREADS=64",
-    ]
+    command = ["g++", "-x", "c++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared"]
     subprocess.run([*command, "-DEMULATED_THREADS=64", "-I", here, source, "-o", folder / "emulation.so"], check=True)
-    return cuda_backend._Library(str(folder / "emulation.so"))
+    return cuda_backend._Library(ctypes.CDLL(str(folder / "emulation.so")))
 
 
 @pytest.fixture(scope="module")

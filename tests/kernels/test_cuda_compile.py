@@ -1,5 +1,6 @@
 """The CUDA row kernel compiled for Hopper without a Hopper, with setup.py's flags: registers, spills, instructions."""
 
+import ctypes
 import re
 import runpy
 import shutil
@@ -27,7 +28,7 @@ class Build(NamedTuple):
     path: Path
 
     def library(self) -> Any:
-        return cuda_backend._Library(str(self.path))
+        return cuda_backend._Library(ctypes.CDLL(str(self.path)))
 
 
 @pytest.fixture(scope="module")
