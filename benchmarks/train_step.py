@@ -20,7 +20,7 @@ from measure import DEVICE, interleaved, medians, peak_bytes_of, save, setting
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fst_fast.config import SlowConfig
-from fst_fast.model import Model
+from fst_fast.model import Model, fuse_layers
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--micro-tokens", type=int, default=16384)
     parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the exact KL: a second forward pass")
     parser.add_argument("--loss", choices=["cispo", "ppo", "reinforce"], default="cispo")
+    parser.add_argument("--plain-layers", action="store_true", help="without Liger's layers where it is installed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU in bf16, dense (H100 SXM: 989)")
@@ -69,7 +70,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
     """Both ways on the same rollouts."""
-    model, base = (random_model(args.shape, seed) for seed in (0, 1))
+    model, base = (random_model(args.shape, seed, args.plain_layers) for seed in (0, 1))
     groups = make_groups(model, args, length)
     rollouts = [r for g in groups for r in g.rollouts]
     config = {"lr": 1e-12, "warmup": 0, "micro_tokens": args.micro_tokens, "kl_coef": args.kl, "loss": args.loss}
@@ -158,7 +159,7 @@ def make_groups(model: Model, args: argparse.Namespace, length: int) -> list[Gro
     return group_by_problem(rollouts)
 
 
-def random_model(shape: str, seed: int) -> Model:
+def random_model(shape: str, seed: int, plain_layers: bool = False) -> Model:
     """What Learner needs of a Model, without a folder."""
     hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary = SHAPES[shape]
     torch.manual_seed(seed)
@@ -168,6 +169,8 @@ def random_model(shape: str, seed: int) -> Model:
     )  # fmt: skip
     with torch.device(DEVICE):
         lm = Qwen3ForCausalLM(config).to(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    if not plain_layers:
+        fuse_layers(lm)
     tokenizer = SimpleNamespace(eos_token_id=0, apply_chat_template=lambda: None)
     return Model(lm.eval(), tokenizer, shape)
 

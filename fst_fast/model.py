@@ -219,6 +219,7 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
             f"model.path: {folder} has no chat template; use an instruction-tuned model or add chat_template.jinja"
         )
     lm.to(device)
+    fuse_layers(lm)
     if not all(bool(p.isfinite().all()) for p in lm.parameters()):
         raise UserError(f"model.path: the weights of {folder} are not all finite numbers")
     lm.eval()  # no dropout: the trained distribution must be the sampled one
@@ -226,6 +227,34 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
     model = Model(lm, tokenizer, str(folder), template_kwargs=kwargs)
     model.check_template()
     return model
+
+
+def fuse_layers(lm: Any) -> bool:
+    """RMSNorm, RoPE and SwiGLU/GeGLU by Liger's kernels, where it is installed, knows the architecture and the model is
+    on a GPU; the LM head stays as it is. Parameters and their names do not change. Returns whether it did.
+
+    Raises UserError when the fused layers compute something else: Liger is made for some versions of transformers.
+    """
+    if lm.device.type != "cuda":
+        return False
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+    except ImportError:
+        return False
+    if lm.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    ids = torch.arange(32, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    with torch.no_grad():
+        before = lm.base_model(input_ids=ids).last_hidden_state.float()
+        _apply_liger_kernel_to_instance(lm, cross_entropy=False, fused_linear_cross_entropy=False)
+        after = lm.base_model(input_ids=ids).last_hidden_state.float()
+    apart = float((after - before).norm() / before.norm())
+    if not apart < (1e-4 if lm.dtype == torch.float32 else 0.05):
+        raise UserError(
+            f"model.path: with liger-kernel the hidden states of this {lm.config.model_type} are {apart:.2g} of their "
+            "norm off; install a version made for this transformers, or uninstall it"
+        )
+    return True
 
 
 def _common(a: Sequence[object], b: Sequence[object]) -> int:
