@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fst_fast.errors import UserError
 from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
+from fst_fast.tasks.datasets import json_lines
 from fst_fast.tasks.task import Message
 from fst_fast.tasks.verifiers import make_verifier
 
@@ -76,7 +75,7 @@ class JsonlTask:
     def _read(self, path: str, id_prefix: str) -> list[Problem]:
         first_line: dict[str, int] = {}  # of each id
         problems = []
-        for number, row in _objects(path):
+        for number, row in json_lines(path, name=f"jsonl:{path}"):
             where = f"{path}, line {number}"
             text = _field(row, self._options.problem_field, "jsonl.problem_field", where)
             if not isinstance(text, str) or not text.strip():
@@ -121,31 +120,6 @@ class JsonlTask:
                     f"{self._options.validation_path}: the problem {self._text(p)!r:.80} is in {path} too; "
                     "remove it from one of them."
                 )
-
-
-def _objects(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank."""
-    try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    except OSError as e:
-        raise UserError(f"jsonl:{path}: cannot read the file ({e.strerror}); give the path of a JSONL file.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError as e:
-            raise UserError(
-                f"{path}, line {number}: not UTF-8 at byte {e.start + 1}; save the file as UTF-8."
-            ) from None
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}, line {number}: not JSON ({e}); give one JSON object a line.") from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path}, line {number}: {row!r:.80} is a {type(row).__name__}, not an object; "
-                'write it as {"problem": ..., "answer": ...}.'
-            )
-        yield number, row
 
 
 def _field(row: Mapping[str, Any], name: str, option: str, where: str) -> Any:
