@@ -159,7 +159,7 @@ def test_a_bad_file_or_option_is_refused_in_one_sentence(
 
 @pytest.mark.parametrize("spec", ["jsonl:", "jsonl:/no/such/file.jsonl", "jsonl:/"])
 def test_a_file_that_cannot_be_read_is_refused(spec: str) -> None:
-    with pytest.raises(UserError, match=r"jsonl:.*: cannot read the file \(.*\); give a JSONL file"):
+    with pytest.raises(UserError, match=r"jsonl:.*: cannot read the file \(.*\); give a file of JSON lines"):
         make_task(spec, seed=0, jsonl=JsonlOptions())
 
 
