@@ -47,7 +47,7 @@ def test_what_is_no_part_is_refused_with_the_names_of_all(tmp_path: Path) -> Non
     run = suite(tmp_path, "kernel")
     assert run.returncode == 2
     assert "kernel is no part" in run.stderr
-    assert "correct tests kernels qwen3-8b" in run.stderr
+    assert "correct tests tree kernels qwen3-8b" in run.stderr
     assert suite(tmp_path, "./a", "./b").returncode == 2
 
 
