@@ -52,11 +52,14 @@ class CompareCommand:
 
 @dataclass
 class Job:
-    """One run of the comparison and its process."""
+    """One run and its process; or another module's work that runs need, under a configuration that names its folder."""
 
     label: str
     argv: list[str]
     config: Config
+    module: str = "fst_fast.train"
+    needs: tuple[Path, ...] = ()  # directories of the jobs that must be done before
+    last: str = "report.html"  # the file it writes last: where that is, nothing is left to do
     bar: TaskID | None = None
     process: subprocess.Popen[bytes] | None = None
     offset: int = 0
@@ -74,16 +77,19 @@ def main(argv: Sequence[str]) -> None:
     if not any(a.startswith(("--stream", "--model.path", "--config-file", "--config_file")) for a in rest):
         rest = ["--stream", STREAM, *rest]
     jobs = plan(command, rest)
-    cores = os.cpu_count() or 1
-    shared_gpu = torch.cuda.is_available() and any(job.config.model.device != "cpu" for job in jobs)
-    fitting = 1 if shared_gpu else max(1, cores // max(job.config.threads or cores for job in jobs))
-    parallel = command.jobs or fitting
-    work(jobs, parallel)
+    work(jobs, command.jobs or fitting(jobs))
     run_dirs = [job.dir for job in jobs]
     plot_comparison(run_dirs, command.out / "comparison.png")
     write_report(run_dirs, command.out / "report.html")
     print_comparison(run_dirs)
     print(f"plot: {command.out / 'comparison.png'}\nreport: {command.out / 'report.html'}")
+
+
+def fitting(jobs: Sequence[Job]) -> int:
+    """Runs that fit side by side: cores / threads of a run, or one where they share a GPU."""
+    cores = os.cpu_count() or 1
+    shared_gpu = torch.cuda.is_available() and any(job.config.model.device != "cpu" for job in jobs)
+    return 1 if shared_gpu else max(1, cores // max(job.config.threads or cores for job in jobs))
 
 
 def plan(command: CompareCommand, flags: Sequence[str]) -> list[Job]:
@@ -135,21 +141,24 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def work(jobs: Sequence[Job], parallel: int) -> None:
-    """Run all jobs, `parallel` at a time, with a bar each. A run that fails stops the comparison with its message."""
+    """Run all jobs that are not done, `parallel` at a time, with a bar each while they run. A run that fails stops the
+    others with its message."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for job in jobs:
-            job.bar = progress.add_task(
-                f"{job.label}, seed {job.config.seed}", total=stages(job.config.stream)[-1].end, start=False
-            )
+            job.done = (job.dir / job.last).is_file()
+        whole = progress.add_task("runs", total=len(jobs))
         try:
             while not all(job.done for job in jobs):
                 running = [job for job in jobs if job.process and not job.done]
-                for job in [job for job in jobs if not job.process][: parallel - len(running)]:
+                done = {job.dir for job in jobs if job.done}
+                progress.update(whole, completed=len(done))
+                waiting = [job for job in jobs if not job.process and not job.done and done.issuperset(job.needs)]
+                for job in waiting[: parallel - len(running)]:
                     start(job)
-                    assert job.bar is not None
-                    progress.start_task(job.bar)
+                    steps = stages(job.config.stream)[-1].end
+                    job.bar = progress.add_task(f"{job.label}, seed {job.config.seed}", total=steps)
                 for job in running:
                     follow(job, progress, console)
                 time.sleep(0.2)
@@ -165,9 +174,10 @@ def start(job: Job) -> None:
     argv = job.argv
     if (job.dir / "config.toml").is_file():
         argv = ["--resume", str(job.dir)]
+    job.dir.parent.mkdir(parents=True, exist_ok=True)
     with open(job.dir.with_suffix(".log"), "ab") as log:
         job.process = subprocess.Popen(
-            [sys.executable, "-m", "fst_fast.train", *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [sys.executable, "-m", job.module, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
 
 
@@ -195,6 +205,7 @@ def follow(job: Job, progress: Progress, console: Console) -> None:
             last = job.dir.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
             raise UserError(f"{job.label}, seed {job.config.seed} failed ({code}): {''.join(last)}")
         job.done = True
+        progress.remove_task(job.bar)
 
 
 def print_comparison(run_dirs: Sequence[Path]) -> None:

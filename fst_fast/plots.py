@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,19 +139,28 @@ def plot_comparison(run_dirs: Sequence[Path | str], out_png: Path | str) -> Path
 
 
 def svg(panel: Panel, groups: Sequence[Group], *, number: int) -> str:
-    """The chart as SVG for inside an HTML page: no reference leaves it, colours are the page's CSS variables."""
-    from matplotlib.figure import Figure
+    """The chart as SVG for inside an HTML page."""
 
-    with _style():
-        figure = Figure(figsize=(5.4, 3.3), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.subplots()
+    def paint(axes: Any) -> None:
         draw(axes, panel, groups)
         if len(groups) == len(groups[0].runs) == 1 and panel.y == "reward":
             _more_rewards(axes, panel, groups[0].runs[0])
             lines = {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
             lines = {"best prompt": lines.pop(groups[0].label)} | lines
-            figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
+            axes.figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
+
+    return to_svg(paint, number=number)
+
+
+def to_svg(paint: Callable[[Any], None], *, number: int, size: tuple[float, float] = (5.4, 3.3)) -> str:
+    """What `paint` draws on axes, as SVG for inside an HTML page: no reference leaves it, colours are the page's CSS
+    variables. `number` tells the charts of a page apart."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=size, layout="constrained")
+        figure.patch.set_alpha(0)
+        paint(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
@@ -161,6 +170,16 @@ def svg(panel: Panel, groups: Sequence[Group], *, number: int) -> str:
     for color, variable in VARIABLES.items():
         text = text.replace(color, f"var({variable})")
     return text
+
+
+def to_png(paint: Callable[[Any], None], path: Path, *, size: tuple[float, float] = (6.5, 4)) -> None:
+    """What `paint` draws on axes, as an image file."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=size, layout="constrained", facecolor=PAGE)
+        paint(figure.subplots())
+        figure.savefig(path, format="png", dpi=150)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
     for by in (1, 2, 4, 8, 16, 32, 64, 128):  # until it fits
         caps = Caps(160 // by + 1, 24 // by + 1, 48 // by + 1, max(2000 // by, 100))
         views = [view(run, read, caps) for run, read in zip(runs, texts, strict=True)]
-        page = _template().render(**shared, views=views).encode(errors="replace")
+        page = template("report.html.j2").render(**shared, views=views).encode(errors="replace")
         if len(page) <= MAX_BYTES:
             break
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,13 +90,14 @@ def main(argv: Sequence[str]) -> None:
     print(write_report(options.runs, options.out or beside / "report.html"))
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page's template, which escapes all it is given."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clean": clean, "plain": plain, "count": count, "number": number}
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def clean(text: object, limit: int) -> str:

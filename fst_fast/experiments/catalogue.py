@@ -1,0 +1,5 @@
+"""All experiments, in the order of the page."""
+
+from fst_fast.experiments import curves
+
+EXPERIMENTS = (*curves.EXPERIMENTS,)
