@@ -88,6 +88,12 @@ class FastConfig:
     """Prompts carried from cycle to cycle, chosen by greedy coverage; the first K of them are the population."""
     newly_solved: Count = 2
     """A child that does not raise its minibatch's sum is accepted too if it newly solves this many problems."""
+    route: Literal["spread", "slice"] = "spread"
+    """Mode fst: a problem's rollouts are spread over the population, or all go to the prompt that scored best on the
+    other problems of its slice."""
+    failed_first: bool = False
+    """Mode fst: problems whose whole group failed since the last cycle come first into GEPA's minibatches; the weights
+    learn nothing from them."""
     reflector: Literal["openai", "policy", "phrasebook"] = "policy"
     """Who rewrites prompts: an OpenAI-compatible endpoint, the frozen base model, or the offline rule-based editor
     (also as plain --reflector)."""

@@ -38,6 +38,7 @@ class State:
     complete: bool = False
     pool: list[Member] = field(default_factory=list)
     population: list[Prompt] = field(default_factory=list)  # the K prompts that share a group's rollouts
+    failed: list[str] = field(default_factory=list)  # ids of problems whose group failed since the last cycle
     blind: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)  # by problem: chosen without its scores
     best: Prompt = field(default_factory=lambda: Prompt(""))
     totals: Totals = field(default_factory=Totals)
@@ -64,6 +65,7 @@ class State:
             **{name: data[name] for name in ("step", "cycle", "entered", "ended_stages", "complete")},
             pool=[Member.from_dict(m) for m in data["pool"]],
             population=[Prompt(text) for text in data["population"]],
+            failed=data["failed"],
             blind={problem: tuple(blind[i] for i in chosen) for problem, chosen in data["blind"].items()},
             best=Prompt(data["best"]),
             totals=Totals(**data["totals"]),

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -26,7 +26,7 @@ from fst_fast.config import Config, Stage, check, stages, to_toml
 from fst_fast.context import check_room, longest_problem, room
 from fst_fast.data import DataOrder
 from fst_fast.errors import UserError
-from fst_fast.evaluate import evaluate
+from fst_fast.evaluate import evaluate, mean
 from fst_fast.fast.evolve import evolve
 from fst_fast.fast.lineage import lineage, summary
 from fst_fast.fast.population import Member, distinct
@@ -197,8 +197,10 @@ class Trainer:
     def enter(self, stage: Stage) -> None:
         """Make `stage` the current one; when it is new, its seed prompt joins (or replaces) the pool."""
         self.stage, self.task, self.order = stage, self.tasks[stage.index], self.orders[stage.index]
+        self.slices = {p.id: p.slice for p in self.task.train}
         if self.state.entered >= stage.index:
             return
+        self.state.failed = []
         seed = Member(Prompt(self.task.seed_prompt), cycle=self.state.cycle)
         if self.state.entered < 0 or self.config.fast.at_switch == "reset" or not self.evolves:
             self.state.pool, self.state.population, self.state.best = [seed], [seed.prompt], seed.prompt
@@ -231,6 +233,7 @@ class Trainer:
         self.store.forget()
         if self._reuses:
             self.state.reused = Reused(self.store.offset)
+        failed, self.state.failed = set(self.state.failed), []
         calls = self.generated = 0  # within this cycle: names of random streams
 
         def rollouts_of(pairs: Sequence[tuple[Prompt, Problem]], scoring: bool) -> list[Rollout]:
@@ -258,6 +261,7 @@ class Trainer:
             proposals=proposals,
             seed=self.config.seed,
             cycle=self.state.cycle,
+            first=[p for p in self.task.train if p.id in failed],
             blind=self._reuses,
             fits=self._fits,
         )
@@ -291,7 +295,10 @@ class Trainer:
                 ]
                 report = self.learner.distill(rollouts, contexts, rng)
             else:
-                report = self.learner.step(group_by_problem(rollouts), rng)
+                groups = group_by_problem(rollouts)
+                report = self.learner.step(groups, rng)
+                if self.config.fast.failed_first and self.config.mode == "fst":
+                    self.state.failed += [g.problem.id for g in groups if not any(r.reward for r in g.rollouts)]
         self.state.step += 1
         self.collector.engine.load_weights(self.model, self.state.step)  # what was asked ahead goes on with them
         tokens = sum(len(r.response_ids) for r in rollouts)
@@ -420,9 +427,21 @@ class Trainer:
             prompts: Sequence[Prompt] = [Prompt(self.task.seed_prompt)]
             if self.config.mode == "fst":
                 prompts = self.state.blind.get(problem.id, self.state.population)
+                if self.config.fast.route == "slice":
+                    prompts = [self._best_for(problem, prompts)]
             size = self.config.rollout.group_size
             asks += [Ask(prompts[i % len(prompts)], problem, i // len(prompts)) for i in range(size)]
         return asks
+
+    def _best_for(self, problem: Problem, prompts: Sequence[Prompt]) -> Prompt:
+        """The prompt of the highest mean on the other scored problems of the problem's slice."""
+
+        def on_peers(scores: Mapping[str, float]) -> float:
+            same = (s for x, s in scores.items() if self.slices.get(x) == problem.slice and x != problem.id)
+            return mean(same)
+
+        means = {m.prompt: on_peers(m.scores) for m in self.state.pool}
+        return max(prompts, key=lambda p: means.get(p, 0.0))
 
     def _plan(self, asks: Sequence[Ask], step: int) -> Plan:
         """Which of the asks of `step` GEPA's evaluations answer."""

@@ -29,7 +29,7 @@ from fst_fast.telemetry import read_run
 
 # RL alone takes 50 to 70 steps to reward 0.9 on a glyph task: both streams give it time to finish before the switch.
 STREAM, SEEDS = "glyph:A@100,glyph:B@60", "0,1,2"
-MINIATURE, FEW_SEEDS = "glyph:A@60,glyph:B@40", "0,1"
+MINIATURE, FEW_SEEDS = "glyph:A@60,glyph:B@60", "0,1"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """All experiments, in the order of the page."""
 
-from fst_fast.experiments import curves
+from fst_fast.experiments import curves, models, prompts, streams
 
-EXPERIMENTS = (*curves.EXPERIMENTS,)
+EXPERIMENTS = (*curves.EXPERIMENTS, *streams.EXPERIMENTS, *prompts.EXPERIMENTS, *models.EXPERIMENTS)

@@ -190,11 +190,21 @@ def kl_saved(rl: Run, fst: Run) -> float | None:
     return 1 - areas[1] / areas[0] if areas and areas[0] > 0 else None
 
 
+def saving(claim: Claim, saved: list[float | None]) -> Finding:
+    """The verdict over the seeds in which both arms reach a common reward."""
+    known = [s for s in saved if s is not None and math.isfinite(s)]
+    if not known:
+        return claim.found("no seed in which RL and FST reach a common reward", "unclear")
+    without = f" ({len(saved) - len(known)} without a common reward left out)" if len(known) < len(saved) else ""
+    return claim.judged(known, f"KL lower by {each(known, '.0%')}{without}")
+
+
 def kl(setting: Setting, runs: Runs) -> Result:
-    rows, saved = [], []
+    rows: list[list[str]] = []
+    saved: list[float | None] = []
     for seed, rl, fst in zip(setting.seeds, runs["RL"], runs["FST"], strict=True):
         matched, less = at_matched(kl_curve(rl), kl_curve(fst)), kl_saved(rl, fst)
-        saved.append(-math.inf if less is None else less)
+        saved.append(less)
         ends = [f"{last(rl):.2f}, {last(fst):.2f}", f"{last(rl, 'kl'):.3f}, {last(fst, 'kl'):.3f}"]
         if matched and less is not None:
             low, (reward, a, b) = matched[0][0], matched[-1]
@@ -204,7 +214,7 @@ def kl(setting: Setting, runs: Runs) -> Result:
             rows.append([str(seed), *ends, f"{low:.2f}–{reward:.2f}", between, f"{less:.0%}", f"{a:.3f}, {b:.3f}"])
         else:
             rows.append([str(seed), *ends, "no reward that both reach", "–", "–", "–"])
-    finding = CLOSER.judged(saved, f"KL lower by {each(saved, '.0%')} of RL's, over the rewards both reach")
+    finding = saving(CLOSER, saved)
     columns = [
         "seed",
         "reward at the end: RL, FST",

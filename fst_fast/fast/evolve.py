@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
@@ -96,10 +96,13 @@ def evolve(
     proposals: int,
     seed: int,
     cycle: int,
+    first: Sequence[Problem] = (),
     blind: bool = False,
     fits: Callable[[Prompt], bool] = lambda _: True,
 ) -> Evolution:
     """Score `pool` on `scoring`, try `proposals` edits on minibatches of `training`, choose the next pool.
+
+    `first`: further training problems, which the minibatches take before all others.
 
     `blind`: find also which prompts each scored problem would have got without its own scores (race.py).
 
@@ -110,7 +113,9 @@ def evolve(
     if not (pool and scoring and training):
         raise ValueError("evolve needs a prompt, a scoring problem and a training problem at least")
     reflector.usage = ReflectionUsage()  # of this cycle alone: sums of floats must not depend on a resume
-    run = _Cycle(distinct(pool), scoring, training, evaluate, reflector, config, proposals, seed, cycle, blind, fits)
+    run = _Cycle(
+        distinct(pool), scoring, training, first, evaluate, reflector, config, proposals, seed, cycle, blind, fits
+    )
     result = gepa.optimize(
         seed_candidate=_candidate(run.members[0].prompt),
         trainset=run.training,
@@ -168,6 +173,7 @@ class _Cycle:
         members: list[Member],
         scoring: Sequence[Problem],
         training: Sequence[Problem],
+        first: Sequence[Problem],
         evaluate: Evaluate,
         reflector: Reflector,
         config: FastConfig,
@@ -177,11 +183,13 @@ class _Cycle:
         blind: bool,
         fits: Callable[[Prompt], bool],
     ):
+        training = [*first, *training]
         self.members, self.training = members, _Problems(training)
         self.reflector, self.config, self.proposals, self.seed, self.cycle = reflector, config, proposals, seed, cycle
         self.fits, self._evaluate = fits, evaluate
         self.parents = stream(seed, "gepa", cycle, "parents")
-        self.minibatches = Minibatches(training, config.minibatch, stream(seed, "gepa", cycle, "minibatches"))
+        rng = stream(seed, "gepa", cycle, "minibatches")
+        self.minibatches = Minibatches(training, config.minibatch, rng, first={p.id for p in first})
         self.known: set[str] = set()  # texts in the pool or proposed in this round
         self.candidates: list[Candidate] = []
         self.rollouts = self.rounds = self.sampled = 0
@@ -351,10 +359,10 @@ class Minibatches:
     """Deals minibatches without replacement, reshuffling when the problems run out.
 
     Of a sliced task each minibatch comes from one slice, in turn: a reflector that sees one slice's failures can write
-    a specialist. Slices smaller than a minibatch count as one.
+    a specialist. Slices smaller than a minibatch count as one. The ids `first` are dealt before the others.
     """
 
-    def __init__(self, problems: Sequence[Problem], size: int, rng: random.Random):
+    def __init__(self, problems: Sequence[Problem], size: int, rng: random.Random, first: Set[str] = frozenset()):
         slices: defaultdict[str, dict[str, Problem]] = defaultdict(dict)
         for p in problems:
             slices[p.slice][p.id] = p
@@ -363,6 +371,8 @@ class Minibatches:
         self._slices, self._size, self._rng = [*whole, rest] if rest else whole, size, rng
         self._decks: list[list[Problem]] = [[] for _ in self._slices]
         self._turn = rng.randrange(len(self._slices))
+        if first:
+            self._decks = [sorted(rng.sample(s, len(s)), key=lambda p: p.id not in first) for s in self._slices]
 
     def draw(self) -> list[Problem]:
         i = self._turn = (self._turn + 1) % len(self._slices)

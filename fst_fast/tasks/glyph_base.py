@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,8 @@ class BaseConfig:
     """Peak learning rate of Muon: the matrices."""
     seed: int = 0
     """Seed of the initial weights and of the corpus."""
+    family: Literal["qwen3", "llama", "gemma3"] = "qwen3"
+    """Architecture; the shipped one is qwen3."""
 
 
 def make_base(config: BaseConfig, log: Callable[[str], None] = print) -> list[float]:
@@ -165,12 +167,13 @@ def build_tokenizer() -> Any:
 
 
 def build_model(config: BaseConfig, tokenizer: Any) -> Any:
-    """A `Qwen3ForCausalLM` with fresh weights."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """A causal LM of the family with fresh weights."""
+    import transformers as hf
 
     heads = config.hidden // 32
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
+    configs = {"qwen3": hf.Qwen3Config, "llama": hf.LlamaConfig, "gemma3": hf.Gemma3TextConfig}
+    model = hf.AutoModelForCausalLM.from_config(
+        configs[config.family](
             vocab_size=len(tokenizer),
             hidden_size=config.hidden,
             intermediate_size=config.ff,
@@ -287,7 +290,7 @@ def measure(folder: Path, n: int = 1000) -> dict[str, float]:
 
 CARD = """# glyph-base
 
-A Qwen3 of {parameters} parameters, trained from scratch to follow the instructions of the glyph world
+A {family} of {parameters} parameters, trained from scratch to follow the instructions of the glyph world
 (`fst_fast/tasks/glyph.py`) and nothing else: the base model of the default run. Made by
 
     {command}
@@ -316,6 +319,7 @@ def main() -> None:
     model, _ = load(config.out)
     card = CARD.format(
         parameters=f"{model.num_parameters():,}".replace(",", " "), n=n, table=table,
+        family=model.config.architectures[0].removesuffix("ForCausalLM"),
         command=" ".join(["python -m fst_fast.tasks.glyph_base", *changed]),
     )  # fmt: skip
     (config.out / "README.md").write_text(card)
