@@ -94,21 +94,21 @@ def plasticity(setting: Setting, runs: Runs) -> Result:
     collapse = minus(areas["RL from FST"], areas["RL from RL"])
     stays = minus(areas["RL from FST"], areas["RL from the base"])
     means = f"mean reward over the run: from FST {each(areas['RL from FST'], '.3f')}"
-    findings = [
-        COLLAPSE.judged(collapse, f"{means}, from RL {each(areas['RL from RL'], '.3f')}"),
-        STAYS.judged(
-            stays,
-            f"{means}, from the base {each(areas['RL from the base'], '.3f')}; by less than {WORSE} worse",
-            -WORSE,
-        ),
-    ]
+    from_base = each(areas["RL from the base"], ".3f")
+    if max(areas["RL from the base"]) < WORSE:
+        none = f"not even the base learned the second task in these steps: {from_base}"
+        findings = [claim.found(none, "unclear") for claim in (COLLAPSE, STAYS)]
+    else:
+        margin = f"from the base {from_base}; by less than {WORSE} worse"
+        findings = [
+            COLLAPSE.judged(collapse, f"{means}, from RL {each(areas['RL from RL'], '.3f')}"),
+            STAYS.judged(stays, f"{means}, {margin}", more_than=-WORSE),
+        ]
     colors = {"RL from the base": "?", "RL from RL": "rl", "RL from FST": "fst"}
     notes = [
         f"First {setting.first} by RL or FST, then RL alone with a new optimiser on {setting.stages[1].task} under "
         "its seed prompt; nothing of the first run but its weights is kept."
     ]
-    if max(v for of in areas.values() for v in of) < WORSE:
-        notes.append("No arm learned the second task in these steps: that says nothing of plasticity.")
     columns = ["fresh RL on the second task", "reward before", "mean reward over the run", "reward at the end"]
     return Result(findings, columns, rows, curves(REWARD, runs, colors), notes, {"areas": areas})
 

@@ -1,0 +1,124 @@
+"""What each measure says of runs whose answer is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fst_fast.config import stages
+from fst_fast.experiments.curves import asymptote, efficiency, kl, saving
+from fst_fast.experiments.experiment import Claim, Setting
+from fst_fast.experiments.prompts import deployment, route
+from fst_fast.experiments.streams import plasticity, schedules
+from fst_fast.tasks import make_task
+from fst_fast.telemetry import Run
+
+SETTING = Setting(tuple(stages("glyph:A@60,glyph:B@60")), (0, 1))
+
+
+def run(rewards: list[float], *, mode: str = "rl", per_step: int = 100, kl_of_reward: float = 1.0) -> Run:
+    """An evaluation every ten steps; learning took a second a step."""
+    evals = tuple(
+        {"step": 10 * i, "stage": 0, "task": "glyph:A", "reward": r, "kl": kl_of_reward * r, "entropy": 1 - r,
+         "rollouts": 10 * i * per_step, "tokens": 100 * i * per_step, "problems": 64, "samples": 2, "reward_seed": 0.0}
+        for i, r in enumerate(rewards)
+    )  # fmt: skip
+    steps = tuple(
+        {"step": s + 1, "stage": 0, "entropy": 1.0, "live_groups": 8, "groups": 16, "time": {"seconds": 1.0}}
+        for s in range(evals[-1]["step"])
+    )
+    return Run(Path("."), {"mode": mode, "seed": 0, "eval": {"every": 10}}, steps, evals, (), {})
+
+
+def both(first: list[float], **kwargs: Any) -> list[Run]:
+    return [run(first, **kwargs), run(first, **kwargs)]
+
+
+RL = [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9]
+FST = [0.0, 0.5, 0.92, 0.93, 0.94, 0.95, 0.95]
+GEPA = [0.0, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_efficiency_counts_to_the_evaluation_at_rl_s_running_peak() -> None:
+    runs = {"RL": both(RL), "GEPA": both(GEPA), "FST": both(FST, per_step=200)}
+    result = efficiency(SETTING, runs)
+    assert result.numbers["ratios"] == {
+        "steps": [3.0, 3.0], "rollouts": [1.5, 1.5], "tokens": [1.5, 1.5], "seconds": [3.0, 3.0]
+    }  # fmt: skip
+    assert [f.verdict for f in result.findings] == ["held", "held", "held"]
+    assert "in 2 of 2 seeds; too few for an interval" in result.findings[0].ours
+    never = efficiency(SETTING, runs | {"FST": [run(FST), run(GEPA)]})
+    assert never.numbers["ratios"]["steps"] == [3.0, 0.0]
+    assert [f.verdict for f in never.findings] == ["mixed", "mixed", "mixed"]
+
+
+def test_the_asymptotes_of_clean_curves_are_told_apart() -> None:
+    low, high = ([top / (1 + (2000 / (1000 * i)) ** 3) if i else 0.0 for i in range(12)] for top in (0.5, 0.9))
+    result = asymptote(SETTING, {"RL": both(low), "FST": both(high)})
+    assert result.numbers["gap"] == pytest.approx([0.4, 0.4], abs=0.01)
+    assert result.findings[0].verdict == "held"
+    same = asymptote(SETTING, {"RL": both(low), "FST": both(low)})
+    assert same.findings[0].verdict == "unclear"
+
+
+def test_the_kl_saved_is_that_over_the_rewards_both_reach() -> None:
+    result = kl(SETTING, {"RL": both(RL), "FST": both(FST, kl_of_reward=0.3)})
+    assert result.numbers["saved"] == pytest.approx([0.7, 0.7])
+    assert result.findings[0].verdict == "held"
+
+
+def test_seeds_without_a_common_reward_are_left_out_and_said() -> None:
+    claim = Claim("a", "b")
+    assert saving(claim, [None, None]).verdict == "unclear"
+    partly = saving(claim, [0.5, None, -0.2])
+    assert "1 without a common reward left out" in partly.ours
+    assert partly.verdict == "mixed"
+
+
+def test_nobody_learning_the_second_task_is_no_sign_of_plasticity() -> None:
+    flat, good = both([0.0] * 7), both(RL)
+    labels = ("RL from the base", "RL from RL", "RL from FST")
+    assert {f.verdict for f in plasticity(SETTING, dict.fromkeys(labels, flat)).findings} == {"unclear"}
+    found = plasticity(SETTING, dict(zip(labels, (good, flat, good), strict=True))).findings
+    assert [f.verdict for f in found] == ["held", "held"]
+    found = plasticity(SETTING, dict(zip(labels, (good, flat, flat), strict=True))).findings
+    assert [f.verdict for f in found] == ["not held", "not held"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 60, 200])
+def test_every_schedule_makes_about_the_same_number_of_proposals(steps: int) -> None:
+    for flags in schedules(steps).values():
+        of = dict(zip(flags[::2], map(int, flags[1::2]), strict=True))
+        cycles = math.ceil(steps / of["--fast.every"])
+        assert of["--fast.first-proposals"] + (cycles - 1) * of["--fast.proposals"] == 48
+    assert "at task starts only" in schedules(steps)
+
+
+def test_the_router_learns_which_prompt_serves_which_problem() -> None:
+    learned = [(p, f"{x} q r", float((x in "abcde") == (p == "one"))) for p in ("one", "two") for x in "abcdefghij"]
+    assert route(learned, ["a r q", "j r q", "d q"], ["one", "two"]) == ["one", "two", "one"]
+
+
+def test_a_deployment_is_measured_on_held_out_problems_only(tmp_path: Path) -> None:
+    """Prompt "one" solves the slice a-e, "two" f-j: the router finds it in training rollouts and doubles the reward."""
+    task = make_task("glyph:A/B", seed=3)
+    rows = []
+    for purpose, problems, step in (("rl", task.train[:200], 19), ("eval", task.validation[:64], 20)):
+        for p in problems:
+            for prompt in ("one", "two", "dropped"):
+                reward = float((p.slice == "a-e") == (prompt == "one"))
+                rows.append(
+                    {"purpose": purpose, "problem_id": p.id, "prompt_id": prompt, "reward": reward, "step": step}
+                )
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    single = sum(p.slice == "a-e" for p in task.validation[:64]) / 64
+    last = {"step": 20, "stage": 0, "task": "glyph:A/B", "reward": single}
+    of = Run(tmp_path, {"seed": 3}, (), (last,), ({"population": ["one", "two"]},), None)
+    found = deployment(of)
+    assert found.single == single
+    assert found.router == found.oracle == 1.0
