@@ -119,14 +119,16 @@ def fit_sigmoid(compute: np.ndarray, reward: np.ndarray, start: float) -> Sigmoi
     """Least squares. A enters linearly, so it is solved for on a grid of (C_mid, B) that is refined around its best
     point: no starting guess, no local optimum. A is kept within [R0, 1], C_mid within a factor 10 of the data."""
     x, y = np.asarray(compute, float), np.asarray(reward, float) - start
-    middles, slopes = np.geomspace(x.min() / 10, x.max() * 10, 41), np.geomspace(0.25, 16, 31)
-    for _ in range(7):
+    middle_range, slope_range = (x.min() / 10, x.max() * 10), (0.25, 16.0)
+    middles, slopes = np.geomspace(*middle_range, 41), np.geomspace(*slope_range, 31)
+    for n in range(10):
         w = _rise(x, middles[:, None, None], slopes[None, :, None])  # [middles, slopes, points]
         height = np.clip((w * y).sum(-1) / np.maximum((w * w).sum(-1), 1e-12), 0, 1 - start)
         error = ((height[..., None] * w - y) ** 2).sum(-1)
         i, j = np.unravel_index(int(error.argmin()), error.shape)
         best = Sigmoid(start, start + float(height[i, j]), float(middles[i]), float(slopes[j]))
-        middles, slopes = _around(middles, int(i)), _around(slopes, int(j))
+        middles = _around(best.middle, middle_range, 2 / 2**n)
+        slopes = _around(best.slope, slope_range, 2 / 2**n)
     return best
 
 
@@ -136,8 +138,10 @@ def _rise(compute: np.ndarray, middle: float | np.ndarray, slope: float | np.nda
     return 1 / (1 + np.exp(np.clip(slope * log, -700, 700)))
 
 
-def _around(grid: np.ndarray, i: int) -> np.ndarray:
-    return np.geomspace(grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)], 21)
+def _around(best: float, limits: tuple[float, float], reach: float) -> np.ndarray:
+    """A factor e^reach either way: wider than the grid before was fine, to follow a ridge on which both move."""
+    low, high = limits
+    return np.geomspace(max(best * math.exp(-reach), low), min(best * math.exp(reach), high), 21)
 
 
 def bootstrap_asymptotes(
