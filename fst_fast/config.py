@@ -180,7 +180,9 @@ class Config:
     mode: Mode = "fst"
     """Which channels learn: fst, rl, gepa, rl-then-gepa, fst-distill."""
     stream: str = "glyph:A@60,glyph:B@60"
-    """Stages TASK@STEPS in order: glyph:A, glyph:A/B (sliced), star_graph:4x3, jsonl:FILE."""
+    """Stages TASK@STEPS in order: glyph:A, glyph:A/B (sliced), star_graph:4x3, jsonl:FILE. Within a stage, without
+    labels: glyph:A+glyph:B draws each problem from one of them, glyph:A>glyph:B shifts gradually from one to the
+    other, glyph:A>>glyph:B switches halfway; in a mixture eval.problems are those of each task."""
     run_dir: str = ""
     """Where the run is written; empty = runs/<mode>-<date>-<time>."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -218,6 +220,10 @@ class Stage:
     @property
     def end(self) -> int:
         return self.start + self.steps
+
+    def place(self, step: int) -> float:
+        """Where in the stage the run's step `step` (from 0) is: 0 = its first step, 1 = its last, or after it."""
+        return min(1.0, (step - self.start) / max(1, self.steps - 1))
 
 
 def stages(stream: str) -> list[Stage]:

@@ -9,6 +9,7 @@ from fst_fast.evaluate import retention_asks
 from fst_fast.model import Model
 from fst_fast.records import Problem, Prompt
 from fst_fast.rollout.collect import Ask
+from fst_fast.tasks.mixture import parts_of
 from fst_fast.tasks.task import Task
 
 
@@ -25,8 +26,10 @@ def room(model: Model, task: Task, prompt: Prompt, problem: Problem, max_new_tok
 
 def check_room(model: Model, task: Task, prompts: Sequence[Prompt], longest: Problem, max_new_tokens: int) -> None:
     """UserError when the longest problem under one of `prompts`, or what evaluation adds, does not fit."""
-    for ask in [*(Ask(prompt, longest) for prompt in prompts), *retention_asks(task)]:
-        if (left := room(model, task, ask.prompt, ask.problem, max_new_tokens)) < 0:
+    asks = [(task, Ask(prompt, longest)) for prompt in prompts]
+    asks += [(part, ask) for part in parts_of(task) for ask in retention_asks(part)]
+    for part, ask in asks:
+        if (left := room(model, part, ask.prompt, ask.problem, max_new_tokens)) < 0:
             fitting = max_new_tokens + left
             do = f"use {fitting} or less" if fitting > 0 else "pose shorter problems"
             raise UserError(

@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +23,14 @@ from fst_fast.cli import read_config, run
 from fst_fast.config import EvalConfig, check
 from fst_fast.errors import UserError
 from fst_fast.model import Model
-from fst_fast.records import Prompt, Rollout
+from fst_fast.records import Problem, Prompt, Rollout
 from fst_fast.rollout.collect import Ask, Collector
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.slow.learner import token_kl
 from fst_fast.slow.policy import micro_batches, response_hidden
 from fst_fast.tasks import make_task
 from fst_fast.tasks.glyph import GlyphTask, instruction_cases
+from fst_fast.tasks.mixture import Mixture, parts_of
 from fst_fast.tasks.task import Task
 from fst_fast.telemetry import plain
 
@@ -48,33 +50,57 @@ def evaluate(
     micro_tokens: int,
     key: tuple[str | int, ...],
     others: Sequence[Prompt] = (),
+    at: float = 1.0,
 ) -> dict[str, Any]:
-    """Metrics of one evaluation (the fields of an "eval" line in metrics.jsonl); `others` are evaluated beside."""
+    """Metrics of one evaluation (the fields of an "eval" line in metrics.jsonl); `others` are evaluated beside.
+
+    Of a mixture: those of each part, and their means by the weights it has at the place `at` of its stage (0 to 1).
+    """
     seed_prompt = Prompt(task.seed_prompt)
     prompts = list(dict.fromkeys([best, *population, seed_prompt, *others]))
-    problems = task.validation[: config.problems]
-    asks = [Ask(p, x, s) for p in prompts for x in problems for s in range(config.samples)]
+    problems = [part.validation[: config.problems] for part in parts_of(task)]
+    asks = [Ask(p, x, s) for p in prompts for x in chain(*problems) for s in range(config.samples)]
     rollouts = collector.collect(task, asks, purpose="eval", step=step, key=key)
-    scores = mean_scores(rollouts)
-    by_prompt = {p.id: mean(scores[p.id].values()) for p in prompts}
-    own = [r for r in rollouts if r.prompt == best]
-    slices = {x.id: x.slice for x in problems}
-    record: dict[str, Any] = {
-        "reward": by_prompt[best.id],
-        "reward_by_prompt": by_prompt,
-        "reward_mean_prompt": mean(by_prompt[p.id] for p in population),
-        "reward_per_slice": cross_fitted({p.id: scores[p.id] for p in population}, slices),
-        "reward_seed": by_prompt[seed_prompt.id],
-        "kl": mean_kl(model, base, [r for r in own if r.sample == 0], micro_tokens),
-        "entropy": mean(-lp for r in own for lp in r.logprobs),
-        "best_prompt": best.id,
-        "samples": config.samples,
-        "problems": len(problems),
-    }
-    if asks := retention_asks(task):
-        followed = collector.collect(task, asks, purpose="eval", step=step, key=(*key, "retention"))
+
+    def measures(held_out: Sequence[Problem]) -> dict[str, Any]:
+        slices = {x.id: x.slice for x in held_out}
+        among = [r for r in rollouts if r.problem.id in slices]
+        scores = mean_scores(among)
+        by_prompt = {p.id: mean(scores[p.id].values()) for p in prompts}
+        own = [r for r in among if r.prompt == best]
+        return {
+            "reward": by_prompt[best.id],
+            "reward_by_prompt": by_prompt,
+            "reward_mean_prompt": mean(by_prompt[p.id] for p in population),
+            "reward_per_slice": cross_fitted({p.id: scores[p.id] for p in population}, slices),
+            "reward_seed": by_prompt[seed_prompt.id],
+            "kl": mean_kl(model, base, [r for r in own if r.sample == 0], micro_tokens),
+            "entropy": mean(-lp for r in own for lp in r.logprobs),
+        }
+
+    measured = [measures(held_out) for held_out in problems]
+    record = measured[0]
+    if isinstance(task, Mixture):
+        weights = task.weights(at)
+        record = weighted(measured, weights)
+        record["by_task"] = {
+            part.name: {"weight": w, **m} for part, w, m in zip(task.parts, weights, measured, strict=True)
+        }
+    record |= {"best_prompt": best.id, "samples": config.samples, "problems": sum(map(len, problems))}
+    if glyph := next((part for part in parts_of(task) if isinstance(part, GlyphTask)), None):
+        followed = collector.collect(glyph, retention_asks(glyph), purpose="eval", step=step, key=(*key, "retention"))
         record["retention"] = mean(r.reward for r in followed)
     return record
+
+
+def weighted(records: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
+    """Means, by weights that sum to 1, of numbers and of mappings to numbers that all the records have."""
+    return {
+        key: weighted([r[key] for r in records], weights)
+        if isinstance(value, Mapping)
+        else sum(w * r[key] for w, r in zip(weights, records, strict=True))
+        for key, value in records[0].items()
+    }
 
 
 def retention_asks(task: Task) -> list[Ask]:
@@ -168,6 +194,8 @@ def main(argv: Sequence[str]) -> None:
     for name, value in metrics.items():
         if isinstance(value, float):
             table.add_row(Text(name), Text(f"{value:.3f}"))
+    for name, part in metrics.get("by_task", {}).items():
+        table.add_row(Text(f"reward on {name}"), Text(f"{part['reward']:.3f}"))
     for prompt, reward in metrics["reward_by_prompt"].items():
         mark = " (best)" if prompt == metrics["best_prompt"] else ""
         table.add_row(Text(f"prompt{mark}: {plain(texts.get(prompt, ''), 200) or 'none'}"), Text(f"{reward:.3f}"))

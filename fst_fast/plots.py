@@ -288,6 +288,9 @@ def _more_rewards(axes: Any, panel: Panel, run: Run) -> None:
         [r[panel.x] for r in steps], [r["reward"] for r in steps], ".", color=OTHER, markersize=3, alpha=0.6, zorder=1,
         label="training rollouts",
     )  # fmt: skip
+    for i, task in enumerate(dict.fromkeys(task for r in run.evals for task in r.get("by_task", ()))):
+        parts = [(r[panel.x], r["by_task"][task]["reward"]) for r in run.evals if task in r.get("by_task", ())]
+        axes.plot(*_columns(thinned(parts)), color=OTHER, linestyle=LINES[i % len(LINES)][0], linewidth=1, label=task)
     for key, label, style in (("reward_per_slice", "best prompt per slice", "-."), ("reward_seed", "seed prompt", ":")):
         other = Panel("", panel.x, key, "", "")
         for stage in run.stages:

@@ -176,10 +176,13 @@ _EVAL_NUMBERS = (("reward_seed", "seed prompt"), ("kl", "KL"), ("entropy", "entr
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record by name, `kind/key`, those of `time`, `reflection` and `reuse` as `kind/time/key`."""
+    """The numbers of a record by name, `kind/key`, those of `time`, `reflection` and `reuse` as `kind/time/key`; the
+    reward on each task of a mixture."""
     found: dict[str, float] = {}
     for key, value in record.items():
-        inner = value if key in ("time", "reflection", "reuse") else {"": value}
+        if key == "by_task":
+            value = {f"reward on {task}": part["reward"] for task, part in value.items()}
+        inner = value if key in ("time", "reflection", "reuse", "by_task") else {"": value}
         for name, number in inner.items():
             if isinstance(number, int | float) and key not in ("step", "stage", "cycle"):
                 found["/".join(part for part in (record["kind"], key, name) if part)] = number
@@ -331,6 +334,9 @@ def print_summary(run_dir: Path | str, console: Console | None = None) -> None:
             hits = [r for r in reached if r["stage"] == stage and r["level"] == level and r["steps"] is not None]
             row += ["\n".join(f"{count(r[key])} {key}" for key in SPENT) for r in hits] or ["not reached"]
         table.add_row(*map(Text, row))
+        for part, values in last.get("by_task", {}).items():
+            numbers = [number(values.get(key)) for key in ("reward", "reward_seed", "kl")]
+            table.add_row(*map(Text, [f"  of it {plain(part, 40)}", *numbers]))
     console.print(table)
     lines = [
         f"{run.total('rollouts'):,} rollouts, {run.total('gepa_rollouts'):,} of them by GEPA; "

@@ -24,7 +24,7 @@ from fst_fast import checkpoint
 from fst_fast.cli import parse_train, read_config, run
 from fst_fast.config import Config, Stage, check, stages, to_toml
 from fst_fast.context import check_room, longest_problem, room
-from fst_fast.data import DataOrder
+from fst_fast.data import make_order
 from fst_fast.errors import UserError
 from fst_fast.evaluate import evaluate, mean
 from fst_fast.fast.evolve import evolve
@@ -107,8 +107,10 @@ class Trainer:
         size = config.rollout.problems
         names = [t.name for t in self.tasks]
         self.names = [f"{n}#{i}" if n in names[:i] else n for i, n in enumerate(names)]  # a task may come back
-        pairs = zip(self.tasks, self.names, strict=True)
-        self.orders = [DataOrder(t.train, size, seed=config.seed, name=name) for t, name in pairs]
+        self.orders = [
+            make_order(task, size, stage, seed=config.seed, name=name)
+            for task, name, stage in zip(self.tasks, self.names, self.stages, strict=True)
+        ]
         path, loading = config.model.path, {k: v for k, v in asdict(config.model).items() if k != "path"}
         self.model, self.base = load_model(path, **loading), load_model(path, **loading)
         self.base.lm.requires_grad_(False)
@@ -345,14 +347,15 @@ class Trainer:
         record = {
             "kind": "eval",
             **self._where(),
-            **self.held_out(self.task, self.names[self.stage.index]),
+            **self.held_out(self.task, self.names[self.stage.index], at=self.stage.place(self.state.step)),
             **asdict(self.state.totals),
         }
         record["time"] = {"seconds": time.monotonic() - started}
         self.telemetry.write(record, prompt=self.state.best.text)
 
-    def held_out(self, task: Task, stream_name: str, others: Sequence[Prompt] = ()) -> dict[str, Any]:
-        """Metrics of the present weights and prompts on `task`; fst-distill deploys the weights alone."""
+    def held_out(self, task: Task, stream_name: str, others: Sequence[Prompt] = (), at: float = 1.0) -> dict[str, Any]:
+        """Metrics of the present weights and prompts on `task`, as it is at the place `at` of its stage (0 to 1);
+        fst-distill deploys the weights alone."""
         seed = Prompt(task.seed_prompt)
         alone = self.config.mode == "fst-distill"
         return evaluate(
@@ -367,6 +370,7 @@ class Trainer:
             micro_tokens=self.config.slow.micro_tokens,
             key=(self.state.step, stream_name, self.state.cycle),
             others=others,
+            at=at,
         )
 
     def finish_stage(self) -> None:

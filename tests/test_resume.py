@@ -39,6 +39,7 @@ RUNS: dict[str, dict[str, object]] = {
     "rl-then-gepa": NOISE | {"mode": "rl-then-gepa", "model.dtype": "bfloat16"},
     "fst-distill": SMALL | {"mode": "fst-distill", "checkpoint-every": 1},
     "policy reflector": NOISE | {"mode": "fst"},
+    "mixture": SMALL | {"mode": "fst", "stream": "glyph:A>glyph:B@4"},
     # two batches an epoch: the third of a cycle meets problems again, whose stored rollouts are used up
     "reuse": NOISE | {"mode": "fst", "fast.reuse": True, "fast.every": 3, "rollout.problems": 8, "checkpoint-every": 1},
     # six responses at a time: some of those asked ahead are done, some begun and some waiting when the weights change
@@ -94,6 +95,7 @@ KILLS = {
         Kill("fst_fast.rollout.collect:Collector.complete", when="after"),
         Kill("fst_fast.train:Trainer._generate", call=2, when="after"),
     ],
+    "mixture": [Kill("fst_fast.train:Trainer.learn", call=3)],  # resumes where the order has to be counted up to
     "reuse": [Kill("fst_fast.train:Trainer._batch_rollouts", call=3, when="after")],
     "lookahead": [
         Kill("fst_fast.rollout.dispatch:Scheduler.load_weights", call=2, when="after"),  # with requests carried over

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,14 @@ def test_scalars_are_the_numbers_alone_with_time_and_reflection_by_name() -> Non
         "evolve/reflection/calls": 8, "evolve/reflection/dollars": 0.25, "evolve/reflection/failures": 1,
         "evolve/time/seconds": 2.0,
     }  # fmt: skip
+
+
+def test_the_tasks_of_a_mixture_have_a_scalar_and_a_line_of_the_summary_each(tmp_path: Path) -> None:
+    parts = {name: {"weight": 0.5, "reward": r, "kl": 0.25, "reward_seed": 0.0} for name, r in (("a", 0.125), ("b", 1))}
+    assert scalars(evaluation(1, by_task=parts))["eval/by_task/reward on b"] == 1
+    out = console()
+    print_summary(write_run(tmp_path, [step(1), evaluation(1, by_task=parts)]), out)
+    assert re.search(r"of it a .*\.125.*of it b ", text_of(out), re.DOTALL)
 
 
 @pytest.mark.parametrize("progress", [True, False])

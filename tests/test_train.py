@@ -128,6 +128,30 @@ def test_prompts_are_kept_or_reset_when_the_task_switches(policy: str, carried: 
     assert (before <= scored_at_switch) == carried
 
 
+def test_a_mixture_is_one_stage_and_evaluations_tell_its_tasks_apart(tmp_path: Path) -> None:
+    config = small(preset("glyph", "fst"), stream="glyph:A>glyph:B@4", run_dir=str(tmp_path))
+    train(config, tmp_path / "run")
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert {(r["stage"], r["task"]) for r in metrics if r["kind"] != "end"} == {(0, "glyph:A>glyph:B")}
+    evals = [r for r in metrics if r["kind"] == "eval"]
+    weights = [[part["weight"] for part in r["by_task"].values()] for r in evals]
+    assert [w for pair in weights for w in pair] == pytest.approx([1, 0, 1 / 3, 2 / 3, 0, 1])
+    for r in evals:
+        parts = r["by_task"].values()
+        assert list(r["by_task"]) == ["glyph:A", "glyph:B"]
+        for key in ("reward", "kl", "entropy", "reward_seed"):
+            assert r[key] == pytest.approx(sum(part["weight"] * part[key] for part in parts))
+    rollouts = lines(tmp_path / "run" / "rollouts" / "rollouts.jsonl")
+    of = {s: {r["problem_id"] for r in rollouts if (r["purpose"], r["step"]) == ("rl", s)} for s in range(4)}
+    scored = {s: {r["problem_id"] for r in rollouts if (r["purpose"], r["step"]) == ("gepa", s)} for s in (0, 2)}
+    assert all(x.startswith("glyph:A/") for x in of[0])
+    assert all(x.startswith("glyph:B/") for x in of[3])
+    # GEPA's problems are those of the next batches, whose groups they fill in part
+    assert scored[0] == of[0] | of[1]
+    assert scored[2] == of[2] | of[3]
+    assert all(r["reuse"]["fraction"] > 0 for r in metrics if r["kind"] == "step" and r["step"] in (1, 3))
+
+
 def test_a_run_whose_problems_were_changed_is_not_resumed(tmp_path: Path) -> None:
     data = tmp_path / "echo.jsonl"
     rows = [{"problem": f"a {i}", "answer": f"a {i}"} for i in range(40)]

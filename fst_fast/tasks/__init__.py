@@ -5,17 +5,20 @@ from __future__ import annotations
 from fst_fast.errors import UserError
 from fst_fast.tasks.glyph import GlyphTask
 from fst_fast.tasks.jsonl import JsonlOptions, JsonlTask
+from fst_fast.tasks.mixture import Mixture, is_mixture
 from fst_fast.tasks.star_graph import StarGraphTask
 from fst_fast.tasks.task import Task
 
 FORMS = (
     "glyph:A (rule A to Z of the run's seed), glyph:A/B (sliced), star_graph:ARMSxLENGTH (e.g. star_graph:4x3), "
-    "jsonl:PATH (a file of problems)"
+    "jsonl:PATH (a file of problems); or a mixture of them, A+B, A>B or A>>B"
 )
 
 
 def make_task(spec: str, *, seed: int, jsonl: JsonlOptions | None = None) -> Task:
     """The task written `spec`, drawn from the run's `seed` where it is random; UserError when there is no such task."""
+    if is_mixture(spec):
+        return Mixture(spec, lambda part: make_task(part, seed=seed, jsonl=jsonl))
     kind, _, rest = spec.partition(":")
     match kind:
         case "glyph":

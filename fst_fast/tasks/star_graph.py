@@ -13,7 +13,7 @@ from itertools import pairwise
 from fst_fast.errors import UserError
 from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
-from fst_fast.tasks.task import Message
+from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message
 from fst_fast.tasks.verifiers import final_answer
 
 MAX_NODES = 1000
@@ -24,7 +24,7 @@ PATH = re.compile(r"[0-9]+(?: ?(?:,|->|→|=>) ?[0-9]+)*")
 class StarGraphTask:
     """`star_graph:4x3` has 4 arms of 3 edges; nodes are random numbers, edges lead outwards in random order."""
 
-    seed_prompt = "Solve the problem."
+    seed_prompt = AGNOSTIC_PROMPT
     phrasebook: Mapping[str, Sequence[str]] = {}
 
     def __init__(self, shape: str, seed: int, *, n_train: int = 4096, n_validation: int = 128):

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from fst_fast.records import Problem, Verdict
 
+AGNOSTIC_PROMPT = "Solve the problem."  # says nothing of any task
+
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
