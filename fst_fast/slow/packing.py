@@ -91,25 +91,32 @@ def prepare(model: Model) -> None:
         raise UserError(f"{refusal} attends in a window of {model.window} tokens; use --slow.pack off")
     if getattr(model.config, "attn_logit_softcapping", None):
         raise UserError(f"{refusal} caps its attention scores, which no flash kernel does; use --slow.pack off")
-    tree_attention.install(model.lm)
+    usual, why = model.lm.config._attn_implementation, ""
+    try:
+        if not (error := _error(model)) < (1e-4 if model.lm.dtype == torch.float32 else 0.1):
+            why = f"gives other hidden states when packed (by {error:.2g})"
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as problem:
+        why = f"cannot run packed ({problem})"
+    if why:
+        model.lm.set_attn_implementation(usual)
+        raise UserError(f"{refusal} {why}; use --slow.pack off")
+
+
+@torch.no_grad()
+def _error(model: Model) -> float:
+    """Of the hidden states of three sequences with a common beginning, packed: the largest, over the largest state.
+    The model is left able to run packed."""
     vocabulary = model.config.vocab_size
     stem = [(7 * i + 3) % vocabulary for i in range(40)]
     rows = [[*stem, *((11 * i + k) % vocabulary for i in range(9 + k))] for k in range(3)]
-    try:
-        with torch.no_grad():
-            packed = pack(rows)
-            together = _hidden(model, packed)
-            error = max(
-                float(
-                    (together[place] - (alone := model.hidden(torch.tensor([row], device=model.device))[0])).abs().max()
-                )
-                / float(alone.abs().max())
-                for row, place in zip(rows, packed.places, strict=True)
-            )
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as problem:
-        raise UserError(f"{refusal} cannot run packed ({problem}); use --slow.pack off") from problem
-    if not error < (1e-4 if model.lm.dtype == torch.float32 else 0.1):
-        raise UserError(f"{refusal} gives other hidden states when packed (by {error:.2g}); use --slow.pack off")
+    alone = [model.hidden(torch.tensor([row], device=model.device))[0] for row in rows]
+    packed = pack(rows)
+    tree_attention.install(model.lm)
+    together = _hidden(model, packed)
+    return max(
+        float((together[torch.from_numpy(place).to(model.device)] - x).abs().max() / x.abs().max())
+        for x, place in zip(alone, packed.places, strict=True)
+    )
 
 
 def _hidden(model: Model, packed: Packed) -> torch.Tensor:

@@ -1,17 +1,20 @@
 """Attention over a token trie: every token sees its ancestors, and a shared prefix is computed once. Exact.
 
-Tokens lie depth-first, so that whatever stands below a node is one slice after it. The keys of a node are seen by its
-own tokens causally and by all tokens below it whole: one kernel call a node. Outputs are merged by their log-sum-exp,
-and backward hands each call the merged output and log-sum-exp, as ring attention does (arXiv 2310.01889).
+Tokens lie depth-first, so that whatever stands below a node is one slice after it. On a CPU the keys of a node are seen
+by its own tokens causally and by all tokens below it whole: one kernel call a node. Outputs are merged by their
+log-sum-exp, and backward hands each call the merged output and log-sum-exp, as ring attention does (arXiv 2310.01889).
+On a GPU launches cost more than copies: the nodes are the sequences of one call, each with a copy of the keys above it.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 NAME = "fst_tree"
+COPIED_KEYS = 2**16  # tokens in one call on a GPU: with 8 KV heads for 32 of 128, its copies and gradients take 1.6 GB
 
 
 class Span(NamedTuple):
@@ -21,6 +24,62 @@ class Span(NamedTuple):
     end: int
     stop: int
     top: bool  # it has no ancestors
+
+
+class Paths(NamedTuple):
+    """Some neighbouring nodes as sequences of flash attention: the queries of each are its tokens, its keys those of
+    its ancestors and its own, so that a causal mask at the bottom right is the trie's."""
+
+    rows: slice  # of the nodes' tokens
+    keys: torch.Tensor  # int64 [K]: where each node's keys are, node after node
+    cu_q: torch.Tensor  # int32 [nodes + 1]: where each node begins in rows
+    cu_k: torch.Tensor  # int32 [nodes + 1]: and in keys
+    longest_q: int
+    longest_k: int
+
+
+class Tree(NamedTuple):
+    """The nodes of a trie, depth-first, and what flash attention on a GPU takes for them (elsewhere nothing)."""
+
+    spans: list[Span]
+    paths: list[Paths]
+
+    @staticmethod
+    def of(spans: list[Span], device: torch.device) -> Tree:
+        return Tree(spans, _paths(spans, device) if device.type == "cuda" else [])
+
+
+def _paths(spans: list[Span], device: torch.device) -> list[Paths]:
+    calls: list[list[np.ndarray]] = []  # of each its nodes' keys
+    copied, path = COPIED_KEYS, list[Span]()
+    for span in spans:
+        while path and path[-1].stop <= span.start:
+            path.pop()
+        path.append(span)
+        keys = np.concatenate([np.arange(x.start, x.end) for x in path])
+        copied += len(keys)
+        if copied > COPIED_KEYS:
+            calls.append([])
+            copied = len(keys)
+        calls[-1].append(keys)
+    out, begin = [], 0
+    for nodes in calls:
+        mine = [span.end - span.start for span in spans[begin : begin + len(nodes)]]
+        seen = [len(keys) for keys in nodes]
+        cu_q, cu_k = (torch.tensor(np.cumsum([0, *x]), dtype=torch.int32, device=device) for x in (mine, seen))
+        start = spans[begin].start
+        out.append(
+            Paths(
+                slice(start, start + sum(mine)),
+                torch.from_numpy(np.concatenate(nodes)).to(device),
+                cu_q,
+                cu_k,
+                max(2, *mine),  # 1 would have the kernel fold heads into queries: another layout, for nothing
+                max(seen),
+            )
+        )
+        begin += len(nodes)
+    return out
 
 
 def install(lm: Any) -> None:
@@ -35,20 +94,26 @@ def install(lm: Any) -> None:
 
 def inputs(spans: list[Span], device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a forward pass over the trie: no mask is made for a mask that comes with four dimensions."""
-    return {"tree": spans, "attention_mask": torch.empty(1, 1, 0, 0, device=device), "use_cache": False}
+    return {
+        "tree": Tree.of(spans, device),
+        "attention_mask": torch.empty(1, 1, 0, 0, device=device),
+        "use_cache": False,
+    }
 
 
-def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: list[Span], scale: float) -> torch.Tensor:
+def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tree: Tree, scale: float) -> torch.Tensor:
     """softmax(scale · q kᵀ) v over each token's ancestors and itself: [1, H, N, D].
 
-    q [1, H, N, D], k and v [1, KV heads, N, D] with KV heads a divisor of H; `spans` depth-first, parents before
-    children. Differentiable in q, k, v, once. Any floating dtype on a CPU; on a GPU bf16 and fp16 take flash attention,
-    the others plain products.
+    q [1, H, N, D], k and v [1, KV heads, N, D] with KV heads a divisor of H. Differentiable in q, k, v, once. Any
+    floating dtype on a CPU; on a GPU bf16 and fp16 take flash attention (D a multiple of 8 up to 256), the others plain
+    products.
     """
+    if tree.paths and _on_flash(q):
+        return _PathAttention.apply(*(x[0].transpose(0, 1) for x in (q, k, v)), tree.paths, scale).transpose(0, 1)[None]
     heads, n, d = q.shape[1:]
     groups = heads // k.shape[1]
     q = q.reshape(-1, groups, n, d)  # [KV heads, heads that share them, N, D]: keys are not copied
-    out = _TreeAttention.apply(q, k[0], v[0], spans, scale)
+    out = _TreeAttention.apply(q, k[0], v[0], tree.spans, scale)
     return out.reshape(1, heads, n, d)
 
 
@@ -59,7 +124,7 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    tree: list[Span] | None = None,
+    tree: Tree | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls: [1, N, H, D] and no attention weights."""
@@ -67,8 +132,47 @@ def _attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} has {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return tree_attention(query, key, value, tree, scale).transpose(1, 2), None
+
+
+class _PathAttention(torch.autograd.Function):
+    """Of q [N, H, D], k and v [N, KV heads, D]: [N, H, D], by torch's flash attention for variable lengths."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paths: list[Paths], scale: float
+    ) -> torch.Tensor:
+        outs, lses = [], []
+        for p in paths:
+            out, lse, *_ = torch.ops.aten._flash_attention_forward(
+                q[p.rows], k[p.keys], v[p.keys], *p[2:], 0.0, True, False, scale=scale
+            )
+            outs.append(out)
+            lses.append(lse)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        ctx.save_for_backward(q, k, v, out, *lses)
+        ctx.paths, ctx.scale = paths, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, *lses = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
+        for p, lse in zip(ctx.paths, lses, strict=True):
+            dq[p.rows], part_k, part_v = torch.ops.aten._flash_attention_backward(
+                grad[p.rows].contiguous(), q[p.rows], k[p.keys], v[p.keys], out[p.rows], lse, *p[2:], 0.0, True,
+                random, random[:0], scale=ctx.scale,
+            )  # fmt: skip
+            dk.index_add_(0, p.keys, part_k.to(dk.dtype))
+            dv.index_add_(0, p.keys, part_v.to(dv.dtype))
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 class _TreeAttention(torch.autograd.Function):

@@ -62,7 +62,7 @@ def test_attention_and_its_gradients_are_those_of_a_dense_ancestor_mask(
     with pytest.MonkeyPatch.context() as patch:
         if as_on_a_gpu:  # square causal calls, rectangular whole ones, plain products
             patch.setattr(tree, "_on_cpu", lambda _: False)
-        ours = tree.tree_attention(q, k, v, packed.spans, 0.4)
+        ours = tree.tree_attention(q, k, v, tree.Tree(packed.spans, []), 0.4)
         got = torch.autograd.grad((ours * weights).sum(), (q, k, v))
     scores = (q @ k.repeat_interleave(3, 1).mT * 0.4).masked_fill(~mask, -torch.inf)
     theirs = scores.softmax(-1) @ v.repeat_interleave(3, 1)
