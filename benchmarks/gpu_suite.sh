@@ -2,7 +2,7 @@
 # bash benchmarks/gpu_suite.sh [PART ...] [OUT_DIR]: correctness of every kernel on this GPU, then the benchmarks.
 #
 # Parts: correct, tests (tests/kernels, here on the GPU), tree, kernels (qwen3-8b, qwen3-0.6b, llama-3.1-8b and
-# gemma-2-9b, each a part of its own), engine, train, tune; all of them without one. Each stays under FST_LIMIT seconds
+# gemma-2-9b, each a part of its own), engine, step, train, tune; all of them without one. Each stays under FST_LIMIT seconds
 # (570), and writes a log and JSON into OUT_DIR (benchmarks/results/GPU-COMMIT). A part that fails does not stop the others; the exit status says whether one failed.
 # Without a GPU, or with FST_SUITE=quick, everything is small: a rehearsal that takes minutes.
 #
@@ -14,10 +14,10 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 limit="${FST_LIMIT:-570}"
 kernels=(qwen3-8b qwen3-0.6b llama-3.1-8b gemma-2-9b)
-all=(correct tests tree "${kernels[@]}" engine train tune)
+all=(correct tests tree "${kernels[@]}" engine step train tune)
 
 usage() {
-  echo "gpu_suite.sh: $1; parts: correct tests tree kernels ${kernels[*]} engine train tune" >&2
+  echo "gpu_suite.sh: $1; parts: correct tests tree kernels ${kernels[*]} engine step train tune" >&2
   exit 2
 }
 
@@ -55,7 +55,7 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 quick=$([ "${FST_SUITE:-}" = quick ] && echo 1)
 if [ ${#parts[@]} = 0 ]; then
   parts=("${all[@]}")
-  [ -z "$quick" ] || parts=(correct tests tree qwen3-8b gemma-2-9b engine train tune)
+  [ -z "$quick" ] || parts=(correct tests tree qwen3-8b gemma-2-9b engine step train tune)
 fi
 commit="${FST_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}"
 name="$(echo "${gpu:-cpu}" | tr 'A-Z ' 'a-z-' | sed 's/^nvidia-//')-$commit${quick:+-quick}"
@@ -91,6 +91,12 @@ engine() {
   "$python" benchmarks/engine.py "${options[@]}" --json "$out/engine.json"
 }
 
+step() {
+  local options=(--attention "by node" flex)
+  [ -z "$quick" ] || options=(--prompt 100 --problem 20 --responses 50 --rounds 1)
+  "$python" benchmarks/train_step.py "${options[@]}" --json "$out/step.json"
+}
+
 train() {
   local run="$out/train-run" stream="glyph:A@20"
   [ -z "$quick" ] || stream="glyph:A@2"
@@ -107,7 +113,7 @@ tune() {
 
 run() { # PART: under the time limit, in a shell of its own
   case "$1" in
-    correct | tests | tree | engine | train | tune) "$1" ;;
+    correct | tests | tree | engine | step | train | tune) "$1" ;;
     *) kernels "$1" ;;
   esac
 }

@@ -3,17 +3,21 @@
     python benchmarks/train_step.py [--shape tiny] [--prompt 1000] [--responses 500 1000] [--json FILE]
 
 Random weights of a real shape; K prompts on P problems, one rollout each, through the trainer's own Learner: forward,
-loss, backward, clipped AdamW step. Gradients of both are compared. MFU counts the tokens run, padding apart.
+loss, backward, clipped AdamW step. Gradients of all are compared. MFU counts the tokens run, padding apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from measure import DEVICE, interleaved, medians, peak_bytes_of, save, setting
@@ -22,6 +26,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from fst_fast.config import SlowConfig
 from fst_fast.model import Model, fuse_layers
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
+from fst_fast.slow import tree_attention
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
 from fst_fast.slow.packing import pack, packed_batches
@@ -49,6 +54,9 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=0.0, help="sigma of the lognormal response lengths")
     parser.add_argument("--micro-tokens", type=int, default=16384)
     parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the exact KL: a second forward pass")
+    parser.add_argument(
+        "--attention", choices=ATTENTION, nargs="+", default=[], help="other ways for packed rows, on a GPU"
+    )
     parser.add_argument("--loss", choices=["cispo", "ppo", "reinforce"], default="cispo")
     parser.add_argument("--plain-layers", action="store_true", help="without Liger's layers where it is installed")
     parser.add_argument("--rounds", type=int, default=5)
@@ -69,62 +77,98 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
-    """Both ways on the same rollouts."""
-    model, base = (random_model(args.shape, seed, args.plain_layers) for seed in (0, 1))
+    """All ways on the same rollouts and the same weights."""
+    model = random_model(args.shape, 0, args.plain_layers)
+    base = random_model(args.shape, 1, args.plain_layers) if args.kl else model
     groups = make_groups(model, args, length)
     rollouts = [r for g in groups for r in g.rollouts]
-    config = {"lr": 1e-12, "warmup": 0, "micro_tokens": args.micro_tokens, "kl_coef": args.kl, "loss": args.loss}
-    learners = {
-        name: Learner(Recording(model, slow), base, slow)
-        for name, slow in (("padded", SlowConfig(**config, pack="off")), ("packed", SlowConfig(**config, pack="on")))
-    }
-    calls = {name: lambda one=one: one.step(groups, random.Random(0)) for name, one in learners.items()}
-    seconds = interleaved(cast(dict[str, Callable[[], object]], calls), args.rounds, budget=120)["seconds"]
+    slow = SlowConfig(lr=1e-12, warmup=0, micro_tokens=args.micro_tokens, kl_coef=args.kl, loss=args.loss)
+    policy = Recording(model, slow)
+    learners = {pack_: Learner(policy, base, replace(slow, pack=pack_)) for pack_ in ("off", "on")}
+
+    def step(name: str) -> None:
+        with ATTENTION[name]() if name in ATTENTION else contextlib.nullcontext():
+            learners["off" if name == "padded" else "on"].step(groups, random.Random(0))
+
+    calls: dict[str, Callable[[], object]] = {n: partial(step, n) for n in ("padded", "packed", *args.attention)}
+    seconds = interleaved(calls, args.rounds, budget=120)["seconds"]
     rows = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
     found: dict[str, Any] = {}
-    for name, middle in medians(seconds).items():
-        peak = peak_bytes_of(calls[name])
-        batches = list(
-            packed_batches(rollouts, args.micro_tokens)
-            if name == "packed"
-            else micro_batches(rollouts, args.micro_tokens)
-        )
-        if name == "packed":
-            run = sum(
-                len(pack([rollouts[i].prompt_ids + rollouts[i].response_ids[:-1] for i in b]).ids) for b in batches
-            )
+    gradients: dict[str, torch.Tensor] = {}
+    for name, middle in (middles := medians(seconds)).items():
+        if name == "padded":
+            batches = list(micro_batches(rollouts, args.micro_tokens))
+            run, useful = sum(len(b) * max(rows[i] for i in b) for b in batches), sum(rows)
         else:
-            run = sum(len(b) * max(rows[i] for i in b) for b in batches)
-        useful = run if name == "packed" else sum(rows)
+            batches = list(packed_batches(rollouts, args.micro_tokens))
+            tries = [[rollouts[i].prompt_ids + rollouts[i].response_ids[:-1] for i in b] for b in batches]
+            run = useful = sum(len(pack(x).ids) for x in tries)
+        peak = peak_bytes_of(calls[name])
+        policy.seen = []
+        calls[name]()
+        gradients[name], policy.seen = torch.cat(policy.seen), None
+        apart = float((gradients[name] - gradients["padded"]).norm() / gradients["padded"].norm())
+        tokens = run if name == "padded" else found["padded"]["tokens"]
         mfu = flops(model, useful, args.kl) / middle / args.peak_tflops / 1e12 if DEVICE == "cuda" else None
         found[name] = {
             "seconds": seconds[name], "tokens": run, "live": sum(rows) / run, "batches": len(batches),
-            "peak_bytes": peak, "mfu": mfu,
+            "peak_bytes": peak, "mfu": mfu, "gradients_apart": apart,
+            "speed_ratio": middles["padded"] / middle, "token_ratio": tokens / run,
         }  # fmt: skip
         print(
-            f"{length:8} {name:8}{run:11}{sum(rows) / run:6.2f}{len(batches):8}{middle:9.2f}"
-            f"{(peak or 0) / 1e6:9.0f}{f'{mfu:6.2f}' if mfu else '     -'}"
+            f"{length:8} {name:8}{run:11}{sum(rows) / run:6.2f}{len(batches):8}{middle:9.3f}"
+            f"{(peak or 0) / 1e6:9.0f}{f'{mfu:6.2f}' if mfu else '     -'}",
+            flush=True,
         )
-    ours, theirs = (
-        torch.cat([g.flatten() for g in cast(Recording, learners[n].policy).seen]) for n in ("packed", "padded")
-    )
-    faster = medians(seconds)["padded"] / medians(seconds)["packed"]
-    tokens = found["padded"]["tokens"] / found["packed"]["tokens"]
-    apart = float((ours - theirs).norm() / theirs.norm())
-    met = "met" if faster >= GOAL * tokens else "missed"
-    print(
-        f"{length:8} packed is {faster:.2f}x faster on 1/{tokens:.2f} of the tokens: {faster / tokens:.2f} of that "
-        f"(goal {GOAL}: {met}); gradients {apart:.1e} of their norm apart"
-    )
-    return found | {"speed_ratio": faster, "token_ratio": tokens, "gradients_apart": apart}
+    for name in [x for x in found if x != "padded"]:
+        faster, tokens, apart = (found[name][k] for k in ("speed_ratio", "token_ratio", "gradients_apart"))
+        met = "met" if faster >= GOAL * tokens else "missed"
+        print(
+            f"{length:8} {name} is {faster:.2f}x faster on 1/{tokens:.2f} of the tokens: {faster / tokens:.2f} of that "
+            f"(goal {GOAL}: {met}); gradients {apart:.1e} of their norm apart"
+        )
+    return found
 
 
 class Recording(Policy):
-    """Keeps the gradients of its last update."""
+    """Keeps the gradients of its next updates where `seen` is a list."""
+
+    seen: list[torch.Tensor] | None = None
 
     def update(self) -> float:
-        self.seen = [p.grad.float().clone() for p in self.model.lm.parameters() if p.grad is not None]
+        if self.seen is not None:
+            self.seen += [p.grad.float().flatten().cpu() for p in self.model.lm.parameters() if p.grad is not None]
         return super().update()
+
+
+@contextlib.contextmanager
+def by_node() -> Iterator[None]:
+    """A flash call for each node, as on the CPU."""
+    with patch.object(tree_attention, "_paths", lambda *_: []):
+        yield
+
+
+@contextlib.contextmanager
+def flex() -> Iterator[None]:
+    """FlexAttention with a block mask: token j is above token i if j ≤ i and i stands below j's node."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention)
+
+    def of(spans: list[tree_attention.Span], device: torch.device) -> Any:
+        lengths = torch.tensor([s.end - s.start for s in spans], device=device)
+        stop = torch.tensor([s.stop for s in spans], device=device).repeat_interleave(lengths)
+        n = len(stop)
+        return create_block_mask(lambda _b, _h, i, j: (j <= i) & (i < stop[j]), None, None, n, n, device=device)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float) -> torch.Tensor:
+        return cast(torch.Tensor, compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=True))
+
+    with patch.object(tree_attention.Tree, "of", of), patch.object(tree_attention, "tree_attention", attend):
+        yield
+
+
+ATTENTION = {"by node": by_node, "flex": flex}  # on a GPU, besides the trainer's
 
 
 def make_groups(model: Model, args: argparse.Namespace, length: int) -> list[Group]:
