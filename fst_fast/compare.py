@@ -5,13 +5,15 @@ Interrupted, the same command goes on: finished runs are kept, others resume fro
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,11 @@ from fst_fast.telemetry import parse, read_run
 
 # RL alone needs about 50 to 90 steps on a task: the first stage gives it time to finish before the switch.
 STREAM = "glyph:A@100,glyph:B@60"
+
+# What a run imports takes 8 seconds of a core; a server that has done so is forked for each.
+IMPORTED_ONCE = ["fst_fast.evaluate", "fst_fast.fast.evolve", "fst_fast.slow.learner", "fst_fast.rollout.torch_engine"]
+IMPORTED_ONCE += ["transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3"]
+IMPORTED_ONCE += ["matplotlib.backends.backend_svg", "pydantic"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Job:
     needs: tuple[Path, ...] = ()  # directories of the jobs that must be done before
     last: str = "report.html"  # the file it writes last: where that is, nothing is left to do
     bar: TaskID | None = None
-    process: subprocess.Popen[bytes] | None = None
+    process: ForkServerProcess | None = None
     offset: int = 0
     done: bool = False
 
@@ -164,9 +171,9 @@ def work(jobs: Sequence[Job], parallel: int) -> None:
                 time.sleep(0.2)
         finally:
             for job in jobs:
-                if job.process and job.process.poll() is None:
+                if job.process and job.process.exitcode is None:
                     job.process.terminate()
-                    job.process.wait()
+                    job.process.join()
 
 
 def start(job: Job) -> None:
@@ -175,17 +182,36 @@ def start(job: Job) -> None:
     if (job.dir / "config.toml").is_file():
         argv = ["--resume", str(job.dir)]
     job.dir.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.dir.with_suffix(".log"), "ab") as log:
-        job.process = subprocess.Popen(
-            [sys.executable, "-m", job.module, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    job.process = context.Process(target=run_module, args=(job.module, argv, job.dir))
+    job.process.start()
+
+
+def run_module(module: str, argv: Sequence[str], run_dir: Path) -> None:
+    """`python -m module argv...` in this process; output and core seconds are appended to files beside the run."""
+    with open(run_dir.with_suffix(".log"), "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.argv = [module, *argv]
+    try:
+        runpy.run_module(module, run_name="__main__")
+    finally:
+        with open(run_dir.with_suffix(".seconds"), "a") as spent:
+            spent.write(f"{time.process_time():.1f}\n")
+
+
+def core_seconds(job: Job) -> float:
+    """What the job's processes took so far, those of earlier commands too."""
+    path = job.dir.with_suffix(".seconds")
+    return sum(map(float, path.read_text().split())) if path.is_file() else 0.0
 
 
 def follow(job: Job, progress: Progress, console: Console) -> None:
     """Show what the job's run has written since; notice its end."""
     assert job.process is not None
     assert job.bar is not None
-    code = job.process.poll()
+    code = job.process.exitcode
     path = job.dir / "metrics.jsonl"
     if path.is_file():
         with open(path, "rb") as file:

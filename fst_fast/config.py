@@ -90,7 +90,7 @@ class FastConfig:
     """A child that does not raise its minibatch's sum is accepted too if it newly solves this many problems."""
     route: Literal["spread", "slice"] = "spread"
     """Mode fst: a problem's rollouts are spread over the population, or all go to the prompt that scored best on the
-    other problems of its slice."""
+    other problems of its slice (over those that tie)."""
     failed_first: bool = False
     """Mode fst: problems whose whole group failed since the last cycle come first into GEPA's minibatches; the weights
     learn nothing from them."""

@@ -432,20 +432,21 @@ class Trainer:
             if self.config.mode == "fst":
                 prompts = self.state.blind.get(problem.id, self.state.population)
                 if self.config.fast.route == "slice":
-                    prompts = [self._best_for(problem, prompts)]
+                    prompts = self._best_for(problem, prompts)
             size = self.config.rollout.group_size
             asks += [Ask(prompts[i % len(prompts)], problem, i // len(prompts)) for i in range(size)]
         return asks
 
-    def _best_for(self, problem: Problem, prompts: Sequence[Prompt]) -> Prompt:
-        """The prompt of the highest mean on the other scored problems of the problem's slice."""
+    def _best_for(self, problem: Problem, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompt of the highest mean on the other scored problems of the problem's slice; several when they tie."""
 
         def on_peers(scores: Mapping[str, float]) -> float:
             same = (s for x, s in scores.items() if self.slices.get(x) == problem.slice and x != problem.id)
             return mean(same)
 
-        means = {m.prompt: on_peers(m.scores) for m in self.state.pool}
-        return max(prompts, key=lambda p: means.get(p, 0.0))
+        pool = {m.prompt: on_peers(m.scores) for m in self.state.pool}
+        means = [pool.get(p, 0.0) for p in prompts]
+        return [p for p, of in zip(prompts, means, strict=True) if of == max(means)]
 
     def _plan(self, asks: Sequence[Ask], step: int) -> Plan:
         """Which of the asks of `step` GEPA's evaluations answer."""

@@ -31,6 +31,13 @@ def test_arms_run_side_by_side_end_in_tables_and_are_not_run_again(
     assert [m.read_bytes() for m in metrics] == before
 
 
+def test_a_run_that_fails_stops_the_comparison_with_its_sentence(tmp_path: Path) -> None:
+    (tmp_path / "rl-seed0").mkdir()
+    (tmp_path / "rl-seed0" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"rl, seed 0 failed \(2\): error: run_dir: .*rl-seed0 is not empty"):
+        main(["--modes", "rl", "--out", str(tmp_path), *SMALL])
+
+
 def test_arms_differ_in_mode_or_flags_and_every_seed_has_a_directory(tmp_path: Path) -> None:
     jobs = plan(CompareCommand(modes="rl,fst --fast.population 1", seeds="0,3", out=tmp_path), SMALL)
     assert [(j.config.mode, j.config.fast.population, j.config.seed) for j in jobs] == [

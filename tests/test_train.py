@@ -152,6 +152,23 @@ def test_a_mixture_is_one_stage_and_evaluations_tell_its_tasks_apart(tmp_path: P
     assert all(r["reuse"]["fraction"] > 0 for r in metrics if r["kind"] == "step" and r["step"] in (1, 3))
 
 
+def test_failed_problems_go_to_the_reflection_first_and_a_group_to_its_slice_s_prompt(tmp_path: Path) -> None:
+    config = small(preset("glyph", "fst"), stream="glyph:A/B@4", run_dir=str(tmp_path))
+    config = replace(config, fast=replace(config.fast, failed_first=True, route="slice", minibatch=2, reuse=False))
+    train(config, tmp_path / "run")
+    rollouts = [r for r in lines(tmp_path / "run" / "rollouts" / "rollouts.jsonl") if r["purpose"] == "rl"]
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for r in rollouts:
+        groups.setdefault((r["step"], r["problem_id"], r["slice"]), []).append(r)
+    # one of the two prompts solves some of a-e; none solves any of f-j, whose rollouts are spread over both
+    used = {(x, len({r["prompt_id"] for r in group})) for (step, _, x), group in groups.items() if step < 2}
+    assert used == {("a-e", 1), ("f-j", 2)}
+    failed = {x for (step, x, _), group in groups.items() if step < 2 and not any(r["reward"] for r in group)}
+    proposals = [r for r in lines(tmp_path / "run" / "population.jsonl") if r["kind"] == "candidate"]
+    read = [set(r["problems"]) for r in proposals if r["cycle"] == 1]
+    assert any(minibatch <= failed for minibatch in read)  # no longer among the problems of the next batches
+
+
 def test_a_run_whose_problems_were_changed_is_not_resumed(tmp_path: Path) -> None:
     data = tmp_path / "echo.jsonl"
     rows = [{"problem": f"a {i}", "answer": f"a {i}"} for i in range(40)]

@@ -5,6 +5,7 @@ Interrupted, the same command goes on: finished runs are kept, others resume fro
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from fst_fast.cli import run
-from fst_fast.compare import fitting, work
+from fst_fast.compare import core_seconds, fitting, work
 from fst_fast.config import stages
 from fst_fast.errors import UserError
 from fst_fast.experiments.catalogue import EXPERIMENTS
@@ -100,7 +101,8 @@ def main(argv: Sequence[str]) -> None:
         ("tasks", ",".join(f"{s.task}@{s.steps}" for s in setting.stages)),
         ("seeds", ", ".join(map(str, setting.seeds))),
         ("runs", f"{len(jobs)}, shared by {len(chosen)} experiments"),
-        ("this command", f"{(time.monotonic() - started) / 60:.1f} minutes"),
+        ("they took", f"{sum(map(core_seconds, jobs)) / 60:.1f} minutes of a core, whenever they ran"),
+        ("this command", f"{(time.monotonic() - started) / 60:.1f} minutes, on {os.cpu_count()} cores"),
     ]
     trained = [read_run(job.dir) for job in jobs if job.module == "fst_fast.train"]
     write_page(reports, page, "Claims of Fast-Slow Training, tried here", facts, caveats(trained))

@@ -122,6 +122,12 @@ def two_stages(setting: Setting) -> str:
     return "" if len(setting.stages) > 1 else "it needs a stream of two tasks, e.g. --stream TASK1@200,TASK2@200"
 
 
+def two_tasks(setting: Setting) -> str:
+    """For `Experiment.unfit`."""
+    same = len(setting.stages) > 1 and setting.stages[0].task == setting.stages[1].task
+    return two_stages(setting) or ("its stream must have two different tasks first" if same else "")
+
+
 def glyph_only(setting: Setting) -> str:
     """For `Experiment.unfit`."""
     return "" if setting.glyph else "it is made of the glyph world and its model; leave --model.path out"

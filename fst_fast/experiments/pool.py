@@ -15,6 +15,7 @@ from fst_fast.cli import config_from
 from fst_fast.compare import Job, check_same, flat
 from fst_fast.config import Config, Stage, stages
 from fst_fast.experiments.experiment import Arm, Base, Setting
+from fst_fast.tasks.mixture import is_mixture
 from fst_fast.telemetry import Run, read_run
 
 ALL_CHECKPOINTS = 10**6
@@ -123,8 +124,13 @@ def begins(short: Config, long: Config) -> bool:
         n < len(other)
         and one[:n] == other[:n]
         and one[n].task == other[n].task
-        and (one[n].steps == other[n].steps or (one[n].steps < other[n].steps and one[n].steps % short.eval.every == 0))
+        and (one[n].steps == other[n].steps or (one[n].steps < other[n].steps and _ends_early(one[n], short)))
     )
+
+
+def _ends_early(stage: Stage, config: Config) -> bool:
+    """Whether its steps are the first ones of a longer stage: a mixture may shift over the whole of its stage."""
+    return stage.steps % config.eval.every == 0 and not is_mixture(stage.task)
 
 
 def cut(run: Run, own: Sequence[Stage]) -> Run:

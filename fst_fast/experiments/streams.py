@@ -1,4 +1,4 @@
-"""Runs over several tasks, or from another run's weights: continual learning, plasticity, when to evolve."""
+"""Runs over several tasks, or from another run's weights: continual learning, drift, plasticity, when to evolve."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from fst_fast.experiments.experiment import (
     lasts,
     minus,
     two_stages,
+    two_tasks,
 )
-from fst_fast.telemetry import Run
+from fst_fast.telemetry import Record, Run
 
 # ---------------------------------------------------------------------------------------------------------- continual
 
@@ -62,8 +63,82 @@ def continual(setting: Setting, runs: Runs) -> Result:
     main = {label: of for label, of in runs.items() if "alternating" not in label}
     paint = curves(REWARD, main, {"FST, prompts reset": "fst-distill"})
     columns = ["reward at the end of", *(f"stage {i + 1}" for i in range(stages))]
-    notes = ["Stages have names here: streams of unlabelled, overlapping tasks are not offered yet."]
+    notes = ["The loop is told of the switch: FST evolves prompts there at once. Streams without a marker: see drift."]
     return Result(findings, columns, rows, paint, notes, {"final": final})
+
+
+# -------------------------------------------------------------------------------------------------------------- drift
+
+DRIFTS = Claim("On a task that drifts into another one without a marker FST is ahead of RL", "asked by others")
+FOLLOWS = Claim(
+    "... and the population follows: at the end most of its prompts are better on the new task", "no number"
+)
+INTERLEAVES = Claim("On two tasks interleaved without labels FST is ahead of RL", "asked by others")
+
+
+def drift_arms(setting: Setting) -> list[Arm]:
+    one, other, *_ = setting.stages
+    drift = f"{one.task}>{other.task}@{one.steps + other.steps}"
+    mixed = f"{one.task}+{other.task}@{one.steps}"
+    return [
+        setting.arm(f"{label}, {how}", mode, stream)
+        for how, stream in (("drifting", drift), ("interleaved", mixed))
+        for label, mode in (("RL", "rl"), ("FST", "fst"))
+    ]
+
+
+def newer(run: Run, record: Record) -> float:
+    """Share of the population at an evaluation that does better on the second task of the mixture than on the first."""
+    old, new = (part["reward_by_prompt"] for part in record["by_task"].values())
+    before = [r["population"] for r in run.evolves if r["step"] < record["step"]]
+    population = before[-1] if before else []
+    return sum(new[p] > old[p] for p in population) / max(1, len(population))
+
+
+def drift(setting: Setting, runs: Runs) -> Result:
+    rl, fst = runs["RL, drifting"], runs["FST, drifting"]
+    rows = []
+    for quarter in range(5):
+        at = [[run.evals[quarter * (len(run.evals) - 1) // 4] for run in of] for of in (rl, fst)]
+        shares = [list(r["by_task"].values()) for r in at[1]]
+        rows.append(
+            [
+                f"drifting, step {at[0][0]['step']}",
+                f"{shares[0][1]['weight']:.0%}",
+                each([r["reward"] for r in at[0]]),
+                each([r["reward"] for r in at[1]]),
+                *(each([s[i]["reward"] for s in shares]) for i in (0, 1)),
+                each([newer(run, r) for run, r in zip(fst, at[1], strict=True)], ".0%"),
+            ]
+        )
+    mixed = {label: runs[f"{label}, interleaved"] for label in ("RL", "FST")}
+    parts = [list(run.evals[-1]["by_task"].values()) for run in mixed["FST"]]
+    rows.append(
+        [
+            f"interleaved, step {mixed['FST'][0].evals[-1]['step']}",
+            "50%",
+            *(each(lasts(of)) for of in mixed.values()),
+            *(each([p[i]["reward"] for p in parts]) for i in (0, 1)),
+            each([newer(run, run.evals[-1]) for run in mixed["FST"]], ".0%"),
+        ]
+    )
+    ahead = minus([area(run) for run in fst], [area(run) for run in rl])
+    majority = [newer(run, run.evals[-1]) - 0.5 for run in fst]
+    together = minus([area(run) for run in mixed["FST"]], [area(run) for run in mixed["RL"]])
+    findings = [
+        DRIFTS.judged(ahead, f"FST − RL {each(ahead, '+.3f')} in mean reward over the run, on the task as it then is"),
+        FOLLOWS.judged(majority, f"share of such prompts − ½: {each(majority, '+.2f')}"),
+        INTERLEAVES.judged(together, f"FST − RL {each(together, '+.3f')} in mean reward over the run"),
+    ]
+    columns = ["", "share of the second task", "RL reward", "FST reward", "FST on the first", "FST on the second"]
+    notes = [
+        f"{setting.stages[0].task} fades into {setting.stages[1].task} from the first step to the last; nothing tells "
+        "the loop, a prompt or a problem which of the two a problem is from. In glyph a problem does not show it "
+        "either: whoever knows both rules can be right on half of two equal parts at most, if they never agree.",
+    ]
+    numbers = {"ahead": ahead, "newer": [[newer(run, r) for r in run.evals] for run in fst]}
+    paint = curves(REWARD, {"RL": rl, "FST": fst})
+    return Result(findings, [*columns, "prompts better on the second"], rows, paint, notes, numbers)
 
 
 # --------------------------------------------------------------------------------------------------------- plasticity
@@ -232,6 +307,14 @@ def schedule(setting: Setting, runs: Runs) -> Result:
 EXPERIMENTS = (
     Experiment(
         "continual", "What does a switch of tasks cost?", (AHEAD, CARRIED), continual_arms, continual, two_stages
+    ),
+    Experiment(
+        "drift",
+        "What if tasks shift or mix without a marker?",
+        (DRIFTS, FOLLOWS, INTERLEAVES),
+        drift_arms,
+        drift,
+        two_tasks,
     ),
     Experiment(
         "plasticity", "Can the weights still learn?", (COLLAPSE, STAYS), plasticity_arms, plasticity, two_stages

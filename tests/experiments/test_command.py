@@ -57,6 +57,8 @@ def test_what_begins_a_run_ends_at_an_evaluation_of_it_and_differs_in_nothing_el
     assert of("glyph:A@20,glyph:B@4")
     assert not of("glyph:A@11")  # no evaluation there
     assert not of("glyph:B@10")
+    longer = replace(base, stream="glyph:A>glyph:B@20")
+    assert not begins(replace(base, stream="glyph:A>glyph:B@10"), longer)  # it shifts twice as fast
     assert not of("glyph:A@10,glyph:B@20")
     assert not of("glyph:A@22")
     assert not of("glyph:A@10", "rl-then-gepa")
@@ -116,6 +118,7 @@ def test_a_miniature_ends_in_files_and_a_page_and_is_not_run_again(
         (["kl", "--stream", "glyph:A"], "TASK@STEPS"),
         (["kl", "--model.path", "x"], "tasks of its own"),
         (["continual", "--stream", "glyph:A@2"], "a stream of two tasks"),
+        (["drift", "--stream", "glyph:A@2,glyph:A@2"], "two different tasks"),
         (["star-graph"], "the embedded model"),
         (["kl", "--rollout.group-size", "3"], "group_size = 3"),
     ],
@@ -130,5 +133,5 @@ def test_what_all_cannot_test_says_why() -> None:
     setting = setting_of(ExperimentsCommand("all", stream="jsonl:x@100"), ["--model.path", "somewhere"])
     why = {e.name: e.unfit(setting) for e in choose("all")}
     assert {name for name, reason in why.items() if reason} == {
-        "ood", "star-graph", "continual", "plasticity", "sliced", "routing", "families"
+        "ood", "star-graph", "continual", "drift", "plasticity", "sliced", "routing", "families"
     }  # fmt: skip

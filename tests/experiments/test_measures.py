@@ -13,7 +13,7 @@ from fst_fast.config import stages
 from fst_fast.experiments.curves import asymptote, efficiency, kl, saving
 from fst_fast.experiments.experiment import Claim, Setting
 from fst_fast.experiments.prompts import deployment, route
-from fst_fast.experiments.streams import plasticity, schedules
+from fst_fast.experiments.streams import drift, plasticity, schedules
 from fst_fast.tasks import make_task
 from fst_fast.telemetry import Run
 
@@ -87,6 +87,35 @@ def test_nobody_learning_the_second_task_is_no_sign_of_plasticity() -> None:
     assert [f.verdict for f in found] == ["held", "held"]
     found = plasticity(SETTING, dict(zip(labels, (good, flat, flat), strict=True))).findings
     assert [f.verdict for f in found] == ["not held", "not held"]
+
+
+def drifting(old: list[float], new: list[float], population: list[list[str]]) -> Run:
+    """Two tasks' rewards under the prompts "old" and "new", each of which solves its own task only."""
+    n, evals, evolves = len(old) - 1, [], []
+    for i, rewards in enumerate(zip(old, new, strict=True)):
+        by_task = {
+            task: {"weight": w, "reward": r, "reward_by_prompt": {"old": float(task == "A"), "new": float(task == "B")}}
+            for task, w, r in zip("AB", (1 - i / n, i / n), rewards, strict=True)
+        }
+        reward = sum(part["weight"] * part["reward"] for part in by_task.values())
+        evals.append({"step": 10 * i, "stage": 0, "task": "A>B", "reward": reward, "by_task": by_task})
+        evolves.append({"step": 10 * i, "population": population[i]})
+    return Run(Path("."), {"mode": "fst", "seed": 0}, (), tuple(evals), tuple(evolves), None)
+
+
+def test_under_drift_the_population_that_counts_is_the_one_evaluated() -> None:
+    fst = drifting([1, 1, 0.5, 0, 0], [0, 0, 0.5, 1, 1], [["old"], ["old", "new"], ["new"], ["new"], ["old"]])
+    rl = drifting([0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [["old"]] * 5)
+    arms = {f"{label}, {how}": [run] * 2 for how in ("drifting", "interleaved") for label, run in zip(
+        ("RL", "FST"), (rl, fst), strict=True)}  # fmt: skip
+    result = drift(SETTING, arms)
+    assert result.numbers["newer"][0] == [0, 0, 0.5, 1, 1]  # the last cycle comes after the last evaluation
+    assert result.numbers["ahead"] == pytest.approx([(0.75 + 0.5 + 0.75 + 1) / 4 - (0.75 + 0.5 + 0.25) / 4] * 2)
+    assert [f.verdict for f in result.findings] == ["held"] * 3
+    shares = [row[1] for row in result.rows]
+    assert shares == ["0%", "25%", "50%", "75%", "100%", "50%"]
+    lost = drift(SETTING, {label: [rl] * 2 for label in arms})
+    assert [f.verdict for f in lost.findings] == ["not held"] * 3
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 60, 200])

@@ -315,6 +315,15 @@ def test_minibatches_deal_all_problems_before_one_comes_again() -> None:
     assert len(Minibatches(problems, 20, stream(0)).draw()) == 7
 
 
+def test_minibatches_deal_the_first_ones_before_all_others() -> None:
+    problems = words(*"abcdefgh")
+    first = {p.id for p in problems[5:]}
+    minibatches = Minibatches(problems, 2, stream(0), first)
+    drawn = [p.id for _ in range(4) for p in minibatches.draw()]
+    assert set(drawn[:3]) == first
+    assert len(set(drawn)) == 8
+
+
 def test_parents_come_from_the_front_of_the_minibatch_s_slice() -> None:
     reflector = Scripted(counting)
 
