@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -382,15 +383,16 @@ def sweep(checks: Checks, backend: str, quick: bool) -> None:
                 args = name, n, v, dtype, temperature
                 checks.run(name, lambda args=args: given_logits(checks, *args, **more))
     for dtype in ("fp32",) if quick else ("fp32", "bf16"):
-        name, p = f"torch.compile {backend} {dtype}", make(60, 40, 1100, *DTYPES[dtype])
+        name, p = f"torch.compile {backend} {dtype}", make(60, 40, 1104, *DTYPES[dtype])
         p = replace(p, behavior=p.behavior.clamp(min=-12))
         checks.run(name, lambda name=name, p=p: compiled(checks, name, p, **more))
     if backend == "triton":
-        p = make(sizes[-1][0], 64, sizes[-1][2], BF16, BF16)
-        for option in ("plain", "softcap", "bias", "temperatures"):
-            name = f"logprobs triton-matrix bf16 V={sizes[-1][2]} {option}"
-            args = checks, name, p, option
-            checks.run(name, lambda args=args: logprobs(*args, backend="triton-matrix"))
+        for (n, _, v), dtype in product(sizes, (BF16, FP16)):
+            p = make(n, 64, v, dtype, dtype)
+            for option in ("plain", "softcap", "bias", "temperatures"):
+                name = f"logprobs triton-matrix {str(dtype)[6:]} V={v} {option}"
+                args = checks, name, p, option
+                checks.run(name, lambda args=args: logprobs(*args, backend="triton-matrix"))
     if DEVICE == "cuda" and not quick:
         name = f"N·V > 2³¹ {backend}"
         checks.run(name, lambda: beyond_two_to_the_31(checks, name, **more))

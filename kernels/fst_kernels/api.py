@@ -21,7 +21,7 @@ from .objective import Objective, PolicyRows, live_sum, ratio_metrics
 from .types import OPERANDS, Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
 
 HAS_TRITON = find_spec("triton") is not None
-BACKENDS = (*(("triton",) if HAS_TRITON else ()), "cuda", "cpu", "torch")
+BACKENDS = ("cuda", *(("triton",) if HAS_TRITON else ()), "cpu", "torch")
 
 
 def token_logprobs(
@@ -68,11 +68,11 @@ def linear_token_logprobs(
         temperature: a number or [N], dividing the logits after the softcap.
         softcap: c in c · tanh(logits / c).
         chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²⁴ logits on a CPU.
-        backend: "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch" (any device and dtype), or
-            "auto": the first of them that can take these tensors. Not measured yet, so that "auto" leaves them out:
-            "cuda", rows in clusters' shared memory on a Hopper GPU, where the install built it (FST_CUDA=1); and, here
-            only, "triton-matrix", bf16 or fp16 on a Hopper GPU, which stores no logit in the forward pass and whose
-            backward pass is that of "triton".
+        backend: "cuda" (rows in clusters' shared memory on a Hopper GPU, where the install built it with FST_CUDA=1),
+            "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch" (any device and dtype), or "auto": the first
+            of them that can take these tensors ("cuda" not in torch.compile). Here only, "triton-matrix" stores no logit
+            in the forward pass and goes backward like "triton": "auto" for bf16 or fp16 on a Hopper GPU, not in
+            torch.compile.
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit, and on targets or temperatures out of range. In a graph of torch.compile the
@@ -91,10 +91,13 @@ def linear_token_logprobs(
     head = Head(hidden, weight, bias, _temperature(temperature, hidden), softcap)
     _check_rows(hidden, targets=targets)
     _check_chunk(chunk_rows)
+    sharded = _sharded(head, None) is not None
     matrix = HAS_TRITON and backend == "triton-matrix"
-    if matrix and _sharded(head, None):
+    if matrix and sharded:
         raise ValueError("backend='triton-matrix' takes plain tensors: use 'triton' for heads that are DTensors")
-    chosen = backend if matrix else _backend(backend, hidden, weight)
+    if backend == "auto" and not sharded:
+        matrix = _suits_matrix(hidden, weight)
+    chosen = "triton-matrix" if matrix else _backend(backend, hidden, weight)
     found = _measure(head, None, targets, entropy, True, chunk_rows, chosen)
     return TokenLogprobs(found[0], found[1] if entropy else None, found[-1])
 
@@ -269,12 +272,23 @@ def _backend(name: str, *operands: Tensor) -> str:
 
 
 def _best(*operands: Tensor) -> str:
+    if operands[0].is_cuda and cuda_backend.suits(*operands):
+        return "cuda"
     if HAS_TRITON and operands[0].is_cuda and arithmetic_dtype(*operands) == torch.float32:
         return "triton"
     reason = cpu_backend.refusal(*operands)
     if reason == cpu_backend.NOT_BUILT:
         warnings.warn(f"{reason}: slower torch code runs instead", stacklevel=4)
     return "torch" if reason else "cpu"
+
+
+def _suits_matrix(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether "auto" is the matrix kernel for this head; not in a graph, whose tensors have no addresses to look at."""
+    if not (HAS_TRITON and hidden.is_cuda) or torch.compiler.is_compiling():
+        return False
+    from . import triton_matrix
+
+    return triton_matrix.refusal(hidden, weight) is None
 
 
 def _check_chunk(chunk_rows: int | None) -> None:

@@ -31,14 +31,29 @@ class _KnownGradients(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, gradients: Gradients, place: Place | None, *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(*gradients)
         ctx.place = place
+        ctx.dtypes = [_gradient_dtype(x) for x in inputs]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         reject_second_order("the fused policy loss")
         # A product, never in place: a second backward(retain_graph=True) reads the saved gradients again.
-        found = tuple(None if g is None else g * upstream[0] for g in ctx.saved_tensors)
-        return None, None, None, *(found if ctx.place is None else ctx.place(found))
+        if ctx.place is not None:
+            return None, None, None, *ctx.place(tuple(None if g is None else g * upstream[0] for g in ctx.saved_tensors))
+        found = (_scaled(g, upstream[0], dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return None, None, None, *found
+
+
+def _gradient_dtype(x: Tensor | None) -> torch.dtype | None:
+    """What autograd casts the gradient of x to; None in a graph of torch.compile, which does not carry it."""
+    if x is None or torch.compiler.is_compiling():
+        return None
+    return x.grad_dtype if x.is_leaf else x.dtype
+
+
+def _scaled(g: Tensor | None, by: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """g · by, rounded at once where that is known: no fp32 product lies beside the sums of a head."""
+    return None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=dtype or g.dtype))
 
 
 def attach_gradients(loss: Tensor, inputs: Gradients, gradients: Gradients, place: Place | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """The row step on a Hopper GPU: csrc/row_cluster.cu, a cluster of thread blocks a row, one read and one write.
 
 Logits are products of cuBLAS or given; a bf16 gradient lies in the first half of each row of fp32 logits, as in
-triton_backend.py. The library is built by an install with FST_CUDA=1. Not measured on a GPU yet.
+triton_backend.py. The library is built by an install with FST_CUDA=1.
 """
 
 import ctypes
@@ -29,6 +29,17 @@ def refusal(*operands: Tensor) -> str | None:
     if len(operands) == 1 and operands[0].dtype not in DTYPES:
         return f"it takes logits in fp32 or bf16, got {operands[0].dtype}"
     return None if LIBRARY is not None else NOT_BUILT
+
+
+def suits(*operands: Tensor) -> bool:
+    """Whether "auto" may choose this backend: it takes the tensors whatever is asked of them. Not in torch.compile,
+    which can look at no address of a tensor and call no library."""
+    if torch.compiler.is_compiling() or refusal(*operands) is not None or LIBRARY is None:
+        return False
+    if len(operands) == 1 and not _aligned(operands[0]):
+        return False
+    v = operands[0].shape[1] if len(operands) == 1 else len(operands[1])
+    return bool(v) and LIBRARY.cluster_size(v, 2 * 4) > 0  # a reference's row too, in fp32
 
 
 # ---- the library ---------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def test_in_four_ranks(tmp_path: Path) -> None:
         __file__,
     ]
     common = {"FST_TEST_WORLD": "4", "FST_TEST_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
+    common["CUDA_VISIBLE_DEVICES"] = ""  # gloo's ranks are on the CPU
     if "triton" in BACKENDS:
         common["TRITON_INTERPRET"] = "1"
     ranks = []
