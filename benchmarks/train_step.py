@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
     seconds = interleaved(calls, args.rounds, budget=120)["seconds"]
     rows = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
     found: dict[str, Any] = {}
-    gradients: dict[str, torch.Tensor] = {}
+    gradients: dict[str, list[torch.Tensor]] = {}
     for name, middle in (middles := medians(seconds)).items():
         if name == "padded":
             batches = list(micro_batches(rollouts, args.micro_tokens))
@@ -106,8 +106,8 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
         peak = peak_bytes_of(calls[name])
         policy.seen = []
         calls[name]()
-        gradients[name], policy.seen = torch.cat(policy.seen), None
-        apart = float((gradients[name] - gradients["padded"]).norm() / gradients["padded"].norm())
+        gradients[name], policy.seen = policy.seen, None
+        apart = distance(gradients[name], gradients["padded"])
         tokens = run if name == "padded" else found["padded"]["tokens"]
         mfu = flops(model, useful, args.kl) / middle / args.peak_tflops / 1e12 if DEVICE == "cuda" else None
         found[name] = {
@@ -130,6 +130,12 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
     return found
 
 
+def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """‖a − b‖ / ‖b‖ of gradients tensor by tensor."""
+    apart = sum(float((x - y).float().norm()) ** 2 for x, y in zip(a, b, strict=True))
+    return (apart / sum(float(x.float().norm()) ** 2 for x in b)) ** 0.5
+
+
 class Recording(Policy):
     """Keeps the gradients of its next updates where `seen` is a list."""
 
@@ -137,7 +143,7 @@ class Recording(Policy):
 
     def update(self) -> float:
         if self.seen is not None:
-            self.seen += [p.grad.float().flatten().cpu() for p in self.model.lm.parameters() if p.grad is not None]
+            self.seen += [p.grad.clone() for p in self.model.lm.parameters() if p.grad is not None]
         return super().update()
 
 
