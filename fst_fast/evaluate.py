@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
     if not trainer.restore():
         raise UserError(f"run: {command.run} has no checkpoint yet")
     task = (
-        make_task(command.task, seed=config.seed, jsonl=config.jsonl)
+        make_task(command.task, seed=config.seed, jsonl=config.jsonl, data=config.data)
         if command.task
         else trainer.tasks[trainer.state.entered]
     )

@@ -103,7 +103,7 @@ class Trainer:
         torch.set_num_threads(config.threads)
         self.config, self.run_dir = config, run_dir
         self.stages = stages(config.stream)
-        self.tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl) for s in self.stages]
+        self.tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl, data=config.data) for s in self.stages]
         size = config.rollout.problems
         names = [t.name for t in self.tasks]
         self.names = [f"{n}#{i}" if n in names[:i] else n for i, n in enumerate(names)]  # a task may come back

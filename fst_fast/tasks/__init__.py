@@ -5,20 +5,23 @@ from __future__ import annotations
 from fst_fast.errors import UserError
 from fst_fast.tasks.glyph import GlyphTask
 from fst_fast.tasks.jsonl import JsonlOptions, JsonlTask
+from fst_fast.tasks.math import MathTask
 from fst_fast.tasks.mixture import Mixture, is_mixture
+from fst_fast.tasks.published import PublishedOptions
 from fst_fast.tasks.star_graph import StarGraphTask
 from fst_fast.tasks.task import Task
 
 FORMS = (
     "glyph:A (rule A to Z of the run's seed), glyph:A/B (sliced), star_graph:ARMSxLENGTH (e.g. star_graph:4x3), "
-    "jsonl:PATH (a file of problems); or a mixture of them, A+B, A>B or A>>B"
+    "jsonl:PATH (a file of problems), math:SOURCE, math-ood:SOURCE (published data: a file, a folder or a dataset); "
+    "or a mixture of them, A+B, A>B or A>>B"
 )
 
 
-def make_task(spec: str, *, seed: int, jsonl: JsonlOptions | None = None) -> Task:
+def make_task(spec: str, *, seed: int, jsonl: JsonlOptions | None = None, data: PublishedOptions | None = None) -> Task:
     """The task written `spec`, drawn from the run's `seed` where it is random; UserError when there is no such task."""
     if is_mixture(spec):
-        return Mixture(spec, lambda part: make_task(part, seed=seed, jsonl=jsonl))
+        return Mixture(spec, lambda part: make_task(part, seed=seed, jsonl=jsonl, data=data))
     kind, _, rest = spec.partition(":")
     match kind:
         case "glyph":
@@ -27,4 +30,6 @@ def make_task(spec: str, *, seed: int, jsonl: JsonlOptions | None = None) -> Tas
             return StarGraphTask(rest, seed)
         case "jsonl":
             return JsonlTask(rest, seed, jsonl or JsonlOptions())
+        case "math" | "math-ood":
+            return MathTask(rest, seed, data or PublishedOptions(), unseen=kind == "math-ood")
     raise UserError(f"task {spec!r}: there is no such task; known are {FORMS}.")

@@ -10,6 +10,7 @@ from fst_fast.errors import UserError
 from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
 from fst_fast.tasks.datasets import json_lines
+from fst_fast.tasks.split import hold_out
 from fst_fast.tasks.task import Message
 from fst_fast.tasks.verifiers import make_verifier
 
@@ -57,7 +58,8 @@ class JsonlTask:
             self.validation = self._read(options.validation_path, f"{self.name}/validation")
             self._check_disjoint(path)
         else:
-            self.train, self.validation = self._split(problems, path, seed)
+            rng = stream(seed, self.name, "split")
+            self.train, self.validation = hold_out(problems, self._text, options.validation_fraction, rng, path)
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:
         return [{"role": "system", "content": prompt}, {"role": "user", "content": self._text(problem)}]
@@ -96,21 +98,6 @@ class JsonlTask:
         if not problems:
             raise UserError(f"{path}: the file has no problems; give one JSON object a line.")
         return problems
-
-    def _split(self, problems: list[Problem], path: str, seed: int) -> tuple[list[Problem], list[Problem]]:
-        """(train, validation), each in the file's order."""
-        texts = list(dict.fromkeys(self._text(p) for p in problems))
-        if len(texts) < 2:
-            raise UserError(
-                f"{path}: one distinct problem cannot be split; give two or more, or set jsonl.validation_path."
-            )
-        stream(seed, self.name, "split").shuffle(texts)
-        n = min(max(1, round(len(texts) * self._options.validation_fraction)), len(texts) - 1)
-        held_out = set(texts[:n])
-        return (
-            [p for p in problems if self._text(p) not in held_out],
-            [p for p in problems if self._text(p) in held_out],
-        )
 
     def _check_disjoint(self, path: str) -> None:
         train = {self._text(p) for p in self.train}

@@ -1,7 +1,7 @@
 """math-verify in a process of its own, killed when it hangs.
 
 Its own timeouts use signals: they work in main threads only, and cannot interrupt one long operation (9^9^9^9). Run as
-a script, this file is that process: JSON lines of [answer, response] in, outcomes out.
+a script, this file is that process: JSON lines of [answer, response] in, of [outcome, what was read] out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class MathChecker:
         """Whether `response` equals `answer`: right or wrong; or "no answer", "no response" (nothing mathematical in
         it), "stuck" (out of time or memory).
         """
+        return self.compare(answer, response)[0]
+
+    def compare(self, answer: str, response: str) -> tuple[str, str]:
+        """(outcome as of `check`, the expression that was read in the response, cut to 200 characters)."""
         with self._lock:
             process = self._process or self._start()
             assert process.stdin is not None
@@ -38,17 +42,19 @@ class MathChecker:
             try:
                 process.stdin.write(json.dumps([answer, response[-LONGEST:]]) + "\n")
                 process.stdin.flush()
-                outcome = process.stdout.readline().strip()
+                line = process.stdout.readline()
             except BrokenPipeError:
-                outcome = ""
+                line = ""
             finally:
                 deadline.cancel()
             self._process = process
-            if not outcome:
+            if not line.endswith("\n"):
                 process.kill()
                 process.wait()
                 self._process = None
-            return outcome or "stuck"
+                return "stuck", ""
+            outcome, read = json.loads(line)
+            return outcome, read
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(  # -P: this folder is no place to import from
@@ -72,20 +78,24 @@ def serve() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the libraries print is not an outcome
 
-    def outcome(answer: str, response: str) -> str:
+    def compare(answer: str, response: str) -> tuple[str, str]:
         gold = parse(
             answer if any(s in answer for s in ("$", "\\(", "\\[", "\\boxed")) else f"${answer}$", parsing_timeout=None
         )
         if not gold:
-            return "no answer"
+            return "no answer", ""
         found = parse(response, parsing_timeout=None)
         if not found:
-            return "no response"
-        return "right" if verify(gold, found, timeout_seconds=None) else "wrong"
+            return "no response", ""
+        outcome = "right" if verify(gold, found, timeout_seconds=None) else "wrong"
+        try:
+            return outcome, str(found[0])[:200]
+        except ValueError:  # Python writes no whole number of more than 4300 digits
+            return outcome, "a huge number"
 
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        print(outcome(*json.loads(line)), file=out, flush=True)
+        print(json.dumps(compare(*json.loads(line))), file=out, flush=True)
 
 
 if __name__ == "__main__":

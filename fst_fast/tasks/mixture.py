@@ -15,7 +15,7 @@ from fst_fast.records import Problem, Verdict
 from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message, Task
 
 # Only before a task's name: a path or a dataset's name may hold these signs.
-BLOCKS, PHASES, TASKS = (re.compile(sign + r"(?=[a-z_]+:)") for sign in (">>", ">", r"\+"))
+BLOCKS, PHASES, TASKS = (re.compile(sign + r"(?=[a-z_-]+:)") for sign in (">>", ">", r"\+"))
 
 
 class Mixture:

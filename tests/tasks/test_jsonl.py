@@ -114,7 +114,7 @@ GOOD = {"problem": "p", "answer": "a"}
     [
         ([], {}, r"data\.jsonl: the file has no problems; give one JSON object a line"),
         ([" ", ""], {}, "no problems"),
-        ([GOOD], {}, r"one distinct problem cannot be split; give two or more, or set jsonl\.validation_path"),
+        ([GOOD], {}, "one distinct problem cannot be split into training and validation; give more"),
         ([GOOD, "{'problem': 1}"], {}, r"line 2: not JSON \(Expecting property name"),
         ([GOOD, '{"problem": "p"'], {}, "line 2: not JSON"),
         ([GOOD, "1" * 5000], {}, "line 2: not JSON"),

@@ -1,0 +1,74 @@
+"""What tasks on published data share: options, the split, the chat format, and reading an answer in a box."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fst_fast.errors import UserError
+from fst_fast.records import Problem
+from fst_fast.seeding import stream
+from fst_fast.tasks.split import hold_out
+from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message
+
+LONGEST = 50_000  # characters of a response that are read, from its end
+HELD_OUT = 0.1  # of the problems, where the data has no validation split of its own
+
+
+@dataclass(frozen=True)
+class PublishedOptions:
+    prompt: Literal["task", "agnostic"] = "task"
+    """Seed prompt of tasks on published data: one that states the form of the answer, or "Solve the problem.", which
+    leaves that to be found out (the paper's streams of several tasks)."""
+
+
+class PublishedTask:
+    """A task whose problems have a text in `data["problem"]`; subclasses read them and verify."""
+
+    phrasebook: Mapping[str, Sequence[str]] = {}
+    train: Sequence[Problem]
+    validation: Sequence[Problem]
+
+    def __init__(self, name: str, seed: int, prompt: str, options: PublishedOptions):
+        self.name, self._seed = name, seed
+        self.seed_prompt = prompt if options.prompt == "task" else AGNOSTIC_PROMPT
+
+    def messages(self, prompt: str, problem: Problem) -> list[Message]:
+        return [{"role": "system", "content": prompt}, {"role": "user", "content": problem.data["problem"]}]
+
+    def hold_out(self, problems: Sequence[Problem], source: str) -> None:
+        """Splits `problems` into train and validation."""
+        rng = stream(self._seed, self.name, "split")
+        self.train, self.validation = hold_out(problems, lambda p: p.data["problem"], HELD_OUT, rng, source)
+
+
+def field(row: Mapping[str, Any], name: str, kind: type[Any], where: str) -> Any:
+    """The field of a row; UserError when it is missing, of another type or an empty text."""
+    if name not in row:
+        raise UserError(f"{where}: there is no field '{name}', only {sorted(map(str, row))!s:.200}.")
+    value = row[name]
+    if not isinstance(value, kind) or (kind is str and not value.strip()):
+        raise UserError(f"{where}: field '{name}' is {value!r:.80}; it must be of type {kind.__name__}, and not empty.")
+    return value
+
+
+def boxed(response: str) -> str | None:
+    r"""What the \boxed{...} (or \fbox{...}) holds that is closed last; None when there is none. In linear time."""
+    response = response[-LONGEST:]
+    opened: list[int | None] = []  # of every brace that is open: where its box's content starts, if it is one
+    found = None
+    for token in BRACES.finditer(response):
+        if token["close"]:
+            start = opened.pop() if opened else None
+            if start is not None:
+                found = response[start : token.start()].strip()
+        elif token["box"]:
+            opened.append(token.end())
+        elif token["open"]:
+            opened.append(None)
+    return found
+
+
+BRACES = re.compile(r"(?P<box>\\\\?(?:boxed|fbox|framebox) ?\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
