@@ -24,6 +24,8 @@ from fst_fast.plots import LINES, PANELS, VARIABLES, Group, group_runs, svg
 from fst_fast.telemetry import Record, Run, count, number, parse, plain, read_lines, read_run
 
 MAX_BYTES = 3_000_000  # of a page
+MATRIX_COLUMNS = 192  # scoring problems of the paper's recipe
+FILTERED_PROMPTS = 12  # that rollouts can be filtered by
 SAMPLED_BYTES = 8_000_000  # read of a run's rollouts: a run of minutes writes 30 MB
 
 MODES = {
@@ -68,6 +70,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
         "variables": VARIABLES,
         "comparison": comparison(groups),
         "caveats": caveats(runs),
+        "filter_tags": [*(f"p{i}" for i in range(FILTERED_PROMPTS)), "p-other", *REWARDS, *SOURCE_LABELS],
     }
     texts = [_Texts(run) for run in runs]
     for by in (1, 2, 4, 8, 16, 32, 64, 128):  # until it fits
@@ -220,12 +223,18 @@ class _Texts:
         self.population = next((r for r in reversed(population) if r.get("kind") == "population"), None)
         self.rollouts, self.whole = sample_lines(run.dir / "rollouts" / "rollouts.jsonl", self.notes)
         self.of = {str(r.get("id")): str(r.get("text") or "") for r in self.candidates}  # prompt id → text
+        self.taken: dict[str, Record] = {}  # prompt id → how it joined the pool, the first time
+        for r in self.candidates:
+            if r.get("status") in ("seed", "accepted"):
+                self.taken.setdefault(str(r.get("id")), r)
 
 
 def view(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
     """Everything the page shows of one run, as plain data."""
     spent = run.end["time"].get("seconds") if run.end and "time" in run.end else None
     spent = spent or sum(r.get("time", {}).get("seconds", 0) for r in run.steps + run.evals + run.evolves)
+    shown = members(run, texts, caps)
+    slices = {str(r["problem_id"]): str(r["slice"]) for r in texts.rollouts if r.get("slice")}
     rollouts, gepa, toml = run.total("rollouts"), run.total("gepa_rollouts"), run.dir / "config.toml"
     facts = [
         ("mode", f"{run.mode}: {MODES.get(run.mode, 'unknown')}"),
@@ -246,7 +255,8 @@ def view(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
         "facts": facts,
         "stages": _stages(run),
         "lineage": lineage(texts, caps),
-        "members": members(run, texts, caps),
+        "members": shown,
+        "matrix": matrix(shown, texts.population or {}, slices),
         "pool": len((texts.population or {}).get("members", [])),
         "rollouts": choose_rollouts(run, texts, caps),
         "config": hide_secrets(toml.read_text(errors="replace") if toml.is_file() else ""),
@@ -339,23 +349,71 @@ def _added(r: Record, texts: _Texts) -> str:
 
 
 def members(run: Run, texts: _Texts, caps: Caps) -> list[Record]:
-    """The latest population: text, mean, the score on each problem and on how many no other prompt is better."""
+    """The latest population, with the descent of each prompt and on how many problems no other is better."""
     record = texts.population or {}
-    best: dict[str, float] = {}
-    for problem, score in (item for member in record.get("members", []) for item in member["scores"].items()):
-        best[problem] = max(score, best.get(problem, 0))
+    best = best_scores(record)
     active = run.evolves[-1].get("population", []) if run.evolves else []
     return [
         {
             **member,
-            "text": texts.of.get(str(member["id"]), ""),
             "best": member["id"] == record.get("best"),
             "active": member["id"] in active,
             "leads": sum(0 < best[problem] == score for problem, score in member["scores"].items()),
-            "cells": list(member["scores"].items())[:64],
+            "descent": descent(str(member["id"]), texts, caps),
         }
         for member in record.get("members", [])[: caps.members]
     ]
+
+
+def descent(name: str, texts: _Texts, caps: Caps) -> list[Record]:
+    """From the prompt back to the seed it comes from: each with a word diff against its parent."""
+    steps: list[Record] = []
+    seen: set[str] = set()
+    while name in texts.taken and name not in seen and len(steps) < caps.members:
+        seen.add(name)
+        record = texts.taken[name]
+        parent = record.get("parent")
+        diff = word_diff(texts.of.get(str(parent)), texts.of[name], caps.chars)
+        steps.append({"id": name, "cycle": record.get("cycle", "?"), "seed": parent is None, "diff": diff})
+        name = str(parent)
+    return steps or [{"id": name, "cycle": "?", "seed": False, "diff": (("same", texts.of.get(name, "")),)}]
+
+
+def best_scores(population: Record) -> dict[str, float]:
+    """Problem → the best score that any prompt of a population record has on it."""
+    best: dict[str, float] = {}
+    for problem, score in (item for member in population.get("members", []) for item in member["scores"].items()):
+        best[problem] = max(score, best.get(problem, 0))
+    return best
+
+
+def matrix(shown: Sequence[Record], population: Record, slices: Mapping[str, str]) -> dict[str, Any]:
+    """Which prompt wins where: a row per prompt, a column per scoring problem. A cell is (score or None, win, problem);
+    win: "" = another is better, or nobody solves it; "best" = shared with others; "alone".
+
+    Columns are ordered by slice, then by the first prompt that is best there, so that a prompt's own problems stand
+    together; problems that nobody solves come last.
+    """
+    best = best_scores(population)
+    scores = [member["scores"] for member in shown]
+    leaders = {x: [i for i, of in enumerate(scores) if 0 < best[x] == of.get(x)] for x in best}
+
+    def place(problem: str) -> tuple[str, bool, list[int]]:
+        return slices.get(problem, ""), not leaders[problem], leaders[problem]
+
+    columns = sorted(best, key=place)[:MATRIX_COLUMNS]
+    rows = []
+    for i, member in enumerate(shown):
+        wins = ["" if i not in leaders[x] else "alone" if len(leaders[x]) == 1 else "best" for x in columns]
+        cells = [(scores[i].get(x), win, x) for x, win in zip(columns, wins, strict=True)]
+        rows.append(
+            {"member": member, "cells": cells, "best": len(wins) - wins.count(""), "alone": wins.count("alone")}
+        )
+    together = [(best[x], "", x) for x in columns]
+    used = dict.fromkeys(slices.get(x, "") for x in columns)
+    bounds = [(name, sum(slices.get(x, "") == name for x in columns)) for name in used] if any(used) else []
+    solved = sum(best[x] > 0 for x in best)
+    return {"rows": rows, "together": together, "slices": bounds, "problems": len(best), "solved": solved}
 
 
 # ----------------------------------------------------------------------------------------------------------- rollouts
@@ -388,22 +446,51 @@ def _without_ids(record: Record) -> Record:
 
 
 def choose_rollouts(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
-    """The best and worst few of each quarter of each stage, of training and GEPA alike."""
-    buckets: dict[tuple[int, int], list[Record]] = {}
+    """The best and worst few of each quarter of each stage, from each source: what the page can filter."""
+    reused = {i for r in run.steps for i in r.get("reuse", {}).get("taken", ())}
+    buckets: dict[tuple[int, int], dict[str, list[Record]]] = {}
     for r in [r for r in texts.rollouts if r.get("purpose") != "eval"] or texts.rollouts:
         stage = next((s for s, (_, end) in run.spans.items() if r.get("step", 0) < end), max(run.spans, default=0))
         first, last = run.spans.get(stage, (0, 0))
         quarter = min(max(4 * (r.get("step", 0) - first) // max(last - first, 1), 0), 3)
-        buckets.setdefault((stage, quarter), []).append(r)
+        source = "reused" if r.get("id") in reused else SOURCES.get(str(r.get("purpose")), "other")
+        buckets.setdefault((stage, quarter), {}).setdefault(source, []).append({**r, "source": source})
     each = max(caps.rollouts // max(len(buckets), 1) // 2, 1)
-    parts = []
-    for (stage, _), records in sorted(buckets.items())[: caps.rollouts]:
-        ranked = sorted(records, key=lambda r: (-r.get("reward", 0), r.get("id", 0)))
-        chosen = spread(ranked, each)
-        steps = [r.get("step", 0) for r in records]
+    parts: list[dict[str, Any]] = []
+    for (stage, _), of in sorted(buckets.items())[: caps.rollouts]:
+        chosen: list[Record] = []
+        for name in sorted(of):
+            ranked = sorted(of[name], key=lambda r: (-r.get("reward", 0), r.get("id", 0)))
+            chosen += spread(ranked, max(each // len(of), 1))
+        steps = [r.get("step", 0) for records in of.values() for r in records]
         parts.append({"stage": stage + 1, "task": run.stages.get(stage, ""), "first": min(steps), "last": max(steps)})
-        parts[-1] |= {"rollouts": chosen, "of": len(records)}
-    return {"parts": parts, "whole": texts.whole, "read": len(texts.rollouts)}
+        parts[-1] |= {"rollouts": chosen, "of": len(steps)}
+    shown = [r for part in parts for r in part["rollouts"]]
+    often = [name for name, _ in Counter(str(r.get("prompt_id")) for r in shown).most_common(FILTERED_PROMPTS)]
+    for r in shown:
+        name, reward = str(r.get("prompt_id")), r.get("reward", 0)
+        r["tags"] = [
+            f"p{often.index(name)}" if name in often else "p-other",
+            "solved" if reward >= 1 else "part" if reward > 0 else "failed",
+            r["source"],
+        ]
+    used = {tag for r in shown for tag in r["tags"]}
+    filters = {
+        "prompt": [(f"p{i}", name) for i, name in enumerate(often)] + [("p-other", "others")] * ("p-other" in used),
+        "reward": [(tag, label) for tag, label in REWARDS.items() if tag in used],
+        "source": [(tag, label) for tag, label in SOURCE_LABELS.items() if tag in used],
+    }
+    return {"parts": parts, "whole": texts.whole, "read": len(texts.rollouts), "filters": filters}
+
+
+SOURCES = {"rl": "fresh", "gepa": "gepa"}  # by purpose, of what was not reused
+SOURCE_LABELS = {
+    "fresh": "fresh: sampled for a training step",
+    "reused": "reused: GEPA's, trained on too",
+    "gepa": "GEPA's only",
+    "other": "evaluation",
+}
+REWARDS = {"solved": "solved", "part": "in part", "failed": "failed"}
 
 
 def spread(ranked: Sequence[Record], each: int) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import html.parser
 import json
 import math
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from fst_fast import report
 from fst_fast.plots import COLORS, PANELS, draw, group_runs, plot_comparison, svg
-from fst_fast.report import tree, word_diff, write_report
+from fst_fast.report import matrix, tree, word_diff, write_report
 from fst_fast.telemetry import read_run
 
 HOSTILE = [
@@ -141,6 +142,8 @@ def make_run(
             if mode != "gepa":
                 record |= {"loss": 0.1, "entropy": 1.5 - reward, "grad_norm": 1.0, "lr": 3e-4, "live_groups": 9}
             metrics.append(record | {"time": {"seconds": 0.3, "tokens_per_second": 900.0}})
+            reused = [len(rollouts)] if mode == "fst" else []
+            metrics[-1]["reuse"] = {"taken": reused, "fraction": len(reused) / 4}
             for i in range(4):
                 rollouts.append(
                     {"id": len(rollouts), "step": step + done, "prompt_id": names[best], "prompt": best}
@@ -148,7 +151,7 @@ def make_run(
                         "problem_id": words(i, f"{task}/{draw.randrange(99)}"),
                         "slice": "",
                         "sample": i,
-                        "purpose": "rl",
+                        "purpose": "gepa" if len(rollouts) in reused else "rl",
                     }
                     | {"prompt_ids": [1] * 30, "response_ids": [5, 6, 7, 2], "logprobs": [-0.5, -0.25, -1.0, -0.01]}
                     | {"versions": [[step + done, 4]], "sampling": {"temperature": 1.0}, "finish_reason": "stop"}
@@ -204,7 +207,7 @@ class Page(html.parser.HTMLParser):
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "span", "b", "i", "br", "bdi", "dl",
     "dt", "dd", "aside", "table", "tr", "th", "td", "details", "summary", "code", "pre", "ins", "del", "figure",
-    "figcaption", "svg", "g", "path", "defs", "use", "text", "clippath", "rect",
+    "figcaption", "svg", "g", "path", "defs", "use", "text", "clippath", "rect", "label", "input",
 }  # fmt: skip
 
 
@@ -383,6 +386,33 @@ def test_the_picture_for_the_readme_has_each_modes_own_colour(tmp_path: Path) ->
     assert [mode for mode in COLORS if rgb[mode] in drawn] == ["fst", "rl"]
 
 
+def test_the_matrix_tells_shared_wins_from_lone_ones_and_orders_problems_by_winner() -> None:
+    scores = [{"p": 1.0, "q": 1.0, "r": 0.0, "t": 0.0}, {"p": 1.0, "q": 0.0, "r": 0.5, "t": 0.0}, {"p": 0.0, "q": 0.0}]
+    shown = [{"id": str(i), "scores": of} for i, of in enumerate(scores)]
+    found = matrix(shown, {"members": shown}, {})
+    assert [row["cells"] for row in found["rows"]] == [
+        [(1.0, "alone", "q"), (1.0, "best", "p"), (0.0, "", "r"), (0.0, "", "t")],
+        [(0.0, "", "q"), (1.0, "best", "p"), (0.5, "alone", "r"), (0.0, "", "t")],
+        [(0.0, "", "q"), (0.0, "", "p"), (None, "", "r"), (None, "", "t")],
+    ]
+    assert [(row["best"], row["alone"]) for row in found["rows"]] == [(2, 1), (2, 1), (0, 0)]
+    assert [score for score, *_ in found["together"]] == [1.0, 1.0, 0.5, 0.0]
+    assert (found["problems"], found["solved"]) == (4, 3)
+    sliced = matrix(shown, {"members": shown}, {"p": "f-j", "q": "f-j", "r": "a-e", "t": "a-e"})
+    assert [x for *_, x in sliced["together"]] == ["r", "t", "q", "p"]
+    assert sliced["slices"] == [("a-e", 2), ("f-j", 2)]
+
+
+def test_each_run_s_best_prompt_stands_beside_the_others_with_its_descent(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"fst-{seed}", seed=seed, steps=20) for seed in (0, 1)]
+    page = Page(write_report(runs, tmp_path / "both.html")).text
+    side = page[page.index("Best prompts side by side") : page.index("The runs")]
+    assert side.count("edits from the seed prompt") == 2
+    assert side.count("transform the letters.") >= 4  # each with the seed at its descent's end
+    alone = Page(write_report(runs[:1], tmp_path / "one.html")).text
+    assert "Which prompt wins on which problem" in alone
+
+
 def test_odd_parents_neither_hang_nor_hide_a_prompt() -> None:
     parents = {"a": None, "b": "a", "c": "b", "d": "gone", "x": "y", "y": "x", "e": "a"}
     rows = tree([{"id": name, "parent": parent} for name, parent in parents.items()])
@@ -438,3 +468,28 @@ def test_a_browser_renders_the_hostile_page_and_runs_nothing_of_it(tmp_path: Pat
     assert document.count("<svg") == len(PANELS)
     pixels = (imread(picture)[:, :, :3] * 255).round().astype(int)
     assert (pixels == [*bytes.fromhex(COLORS["fst"][1:])]).all(axis=2).sum() > 500  # curves are drawn, in their colour
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+def test_a_browser_shows_the_rollouts_that_the_filters_leave(tmp_path: Path) -> None:
+    """In a copy of the page that may run scripts: one presses the buttons and counts what can be seen."""
+    run = make_run(tmp_path / "run", steps=20)
+    page = write_report([run], run / "report.html").read_text()
+    script = """<script>
+      const seen = {}, cards = [...document.querySelectorAll(".rollout")];
+      const show = (of) => { for (const value of of) document.querySelector(`input[value="${value}"]`).checked = true;
+        seen[of] = [cards.filter(c => c.checkVisibility()).length,
+          cards.filter(c => of.every(value => c.classList.contains(value))).length];
+        for (const all of document.querySelectorAll("input:not([value])")) all.checked = true; };
+      show([]); show(["failed"]); show(["reused"]); show(["p0"]); show(["p0", "failed", "fresh"]);
+      document.title = JSON.stringify(seen);
+    </script>"""
+    copy = tmp_path / "copy.html"
+    copy.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</body>", script))
+    document = chromium(copy, tmp_path / "profile")
+    seen = json.loads(html.unescape(re.search("<title>(.*)</title>", document)[1]))  # type: ignore[index]
+    total = seen[""][0]
+    assert total > 20
+    for shown, wanted in seen.values():
+        assert shown == wanted
+    assert all(0 < seen[name][0] < total for name in ("failed", "reused", "p0", "p0,failed,fresh"))

@@ -48,6 +48,9 @@ def test_fst_learns_glyph_within_ten_steps_and_writes_all_of_it_down(tmp_path: P
     spent = [r for r in rollouts if r["purpose"] != "eval"]
     reused = sum(round(r["reuse"]["fraction"] * 128) for r in metrics if r["kind"] == "step")
     assert reused == 24 * 4
+    taken = [i for r in metrics if r["kind"] == "step" for i in r["reuse"]["taken"]]
+    assert len(set(taken)) == reused
+    assert {r["purpose"] for r in rollouts if r["id"] in taken} == {"gepa"}
     assert len(spent) == evals[-1]["rollouts"] == 10 * 128 - reused + evals[-1]["gepa_rollouts"]
     assert sum(len(r["response_ids"]) for r in spent) == evals[-1]["tokens"]
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}

@@ -216,6 +216,7 @@ def reuse_metrics(
         rewards[r.problem.id][r.purpose == "gepa"].append(r.reward)
     gaps = [sum(old) / len(old) - sum(new) / len(new) for new, old in rewards.values() if old and new]
     metrics: dict[str, Any] = {
+        "taken": sorted(reuse.taken.values()),
         "fraction": len(reused) / len(rollouts),
         "cap": reuse.cap,
         "ages": dict(sorted(Counter(str(version - r.policy_version) for r in reused).items())),
