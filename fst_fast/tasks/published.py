@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from fst_fast.errors import UserError
 from fst_fast.records import Problem
@@ -22,6 +24,11 @@ class PublishedOptions:
     prompt: Literal["task", "agnostic"] = "task"
     """Seed prompt of tasks on published data: one that states the form of the answer, or "Solve the problem.", which
     leaves that to be found out (the paper's streams of several tasks)."""
+    hops: Annotated[tuple[Annotated[int, Field(ge=2, le=4)], ...], Field(min_length=1, max_length=2)] = (3, 4)
+    """hover: claims of so many hops; hover-ood has the others."""
+    wiki: str = ""
+    """hover: the published wiki_wo_links.db, from which each claim gets the articles that decide it; empty = a claim
+    comes with the text that its row holds in a field 'context', if any, else alone."""
 
 
 class PublishedTask:
