@@ -337,8 +337,12 @@ class Simulation:
         self.workload, self.policy, self.seed = workload, policy, seed
         self.result = Result([])
         self.engines = [Engine(workload, self.result) for _ in range(workload.engines)]
-        tokens = workload.cache_blocks * workload.block_size if policy.admission else None
-        self.dispatcher = Dispatcher(workload.engines, cache_tokens=tokens, max_running=workload.max_running)
+        self.dispatcher = Dispatcher(
+            workload.engines,
+            cache_tokens=workload.cache_blocks * workload.block_size,
+            bounded=policy.admission,
+            max_running=workload.max_running,
+        )
         self.sequences: dict[int, Job] = {}
         self.unfinished: Counter[int] = Counter()  # by step
         self.submitted = 0
@@ -476,6 +480,39 @@ def dealt(sequences: list[Job], names: dict[int, tuple[int, str]], order: Order,
     if order == "prompt-major":
         return sorted(sequences, key=lambda s: names[s.id][0])
     return sequences
+
+
+def lower_bound(workload: Workload, sequences: list[Job]) -> float:
+    """Seconds that these take at least on fresh engines, in whatever order and wherever, every length known beforehand.
+
+    An engine makes as many iterations as its longest response has tokens; each costs `iteration`, and what the
+    sequences themselves cost comes on top. So with X seconds each, engines that are filled with the longest first (cut
+    in two where that is needed) make the most of them; the least X that is enough is found by bisection.
+    """
+    h, size, engines = workload.hardware, workload.block_size, workload.engines
+    rows = sorted(((s.length, len(s.prompt)) for s in sequences), reverse=True)
+    length, prompt = np.array(rows, np.float64).T
+    alone = (prompt - 1) % size + 1  # tokens of the prompt that no cache saves
+    own = h.per_prefill_token * alone + h.per_sequence * length
+    own += h.per_kv_token * length * (prompt + (length - 1) / 2)
+    placed = np.cumsum(own)
+
+    def enough(seconds: float) -> bool:
+        room, i = 0.0, 0
+        for _ in range(engines):
+            room += max(0.0, seconds - h.iteration * length[i])
+            i = int(np.searchsorted(placed, room * (1 + 1e-12), "right"))
+            if i == len(rows):
+                return True
+        return False
+
+    low, high = float((h.iteration * length + own).max()), float(h.iteration * length[0] + placed[-1])
+    if enough(low):
+        return low
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return low
 
 
 def optimum(sequences: list[Job], block: int) -> int:

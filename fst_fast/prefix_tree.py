@@ -84,25 +84,28 @@ class Trie:
 
         `cost` is float [n], one per sequence; ties keep the order of tokens.
         """
-        empty = int(self.first[0]) if len(self) else len(self.order)  # empty sequences hang on no node
-        steps: list[list[tuple[float, int]]] = [[] for _ in range(len(self) + 1)]  # [-1] is the root's
-        ordered = cost[self.order]
-        at = self.leaf[self.order]
-        for rank in range(empty, len(ordered)):
-            steps[at[rank]].append((-float(ordered[rank]), rank - len(ordered)))  # negative: a sequence
-        for k in range(len(self) - 1, -1, -1):
-            steps[k].sort(key=lambda step: step[0])
-            steps[self.parent[k]].append((steps[k][0][0], k))
-        steps[-1].reverse()
-        steps[-1].sort(key=lambda step: step[0])
-        out, stack = [], [step for _, step in reversed(steps[-1])]
-        while stack:
-            step = stack.pop()
-            if step < 0:
-                out.append(self.order[step + len(ordered)])
-            else:
-                stack.extend(below for _, below in reversed(steps[step]))
-        return np.concatenate([self.order[:empty], np.array(out, np.int64)])
+        n, leaf, costs = len(self.order), self.leaf[self.order], cost[self.order].astype(np.float64)
+        if not len(self):
+            return self.order
+        ends = np.stack([self.first[:-1], self.first[np.arange(len(self)) + self.size]], 1)
+        costliest = np.maximum.reduceat(np.append(costs, -np.inf), ends.ravel())[::2]  # of each node's subtree
+        # what hangs on a node, its sequences and then its children, shares out the node's places by cost
+        above = np.concatenate([leaf, self.parent])
+        worth = np.concatenate([np.where(leaf < 0, np.inf, costs), costliest])  # empty sequences hang on no node
+        ranked = np.lexsort((-worth, above))
+        taken = np.concatenate([np.ones(n, np.int64), self.subtree_sequences])[ranked]
+        place = np.cumsum(taken) - taken
+        first_of_node = np.append(True, np.diff(above[ranked]) != 0)
+        place -= place[np.maximum.accumulate(np.where(first_of_node, np.arange(len(place)), 0))]
+        offset = np.empty_like(place)
+        offset[ranked] = place
+        # where a node's places begin: the sum of the offsets on its path, by doubling; [-1] is the root
+        begin, up = np.append(offset[n:], 0), np.append(self.parent, -1)
+        while (up >= 0).any():
+            begin, up = begin + begin[up], up[up]
+        out = np.empty(n, np.int64)
+        out[offset[:n] + begin[leaf]] = self.order
+        return out
 
 
 def trie(sequences: Ragged) -> Trie:

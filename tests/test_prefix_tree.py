@@ -99,16 +99,18 @@ def test_the_cost_order_is_depth_first_with_the_costliest_branch_first(
     tree = trie(Ragged.of(given))
     ranked = tree.by_cost(np.array(cost, float)).tolist()
     assert sorted(ranked) == list(range(len(given)))
-    branches: dict[tuple[int, ...], list[int]] = {}  # of each prefix: costs of the branches below, as they come
+    branches: dict[
+        tuple[int, ...], list[tuple[int, int, int]]
+    ] = {}  # of each prefix: costs of the branches below, as they come
     for k in range(len(tree)):
         inside = set(tree.order[tree.first[k] : tree.first[k + tree.size[k]]].tolist())
         places = [r for r, i in enumerate(ranked) if i in inside]
         assert places == list(range(places[0], places[0] + len(places)))  # never left and entered again
         prefix = given[next(iter(inside))][: tree.start[k]]
-        branches.setdefault(prefix, []).append((places[0], max(cost[i] for i in inside)))
+        branches.setdefault(prefix, []).append((places[0], -max(cost[i] for i in inside), k))
     for found in branches.values():
-        in_order = [c for _, c in sorted(found)]
-        assert in_order == sorted(in_order, reverse=True)
+        ranks = [(c, k) for _, c, k in sorted(found)]
+        assert ranks == sorted(ranks)  # equal ones in the order of their tokens
 
 
 def test_shared_storage_gives_what_copies_give_and_is_not_read_again() -> None:

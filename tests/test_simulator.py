@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import itertools
+import random
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +11,20 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import real
-from simulator import POLICIES, BlockCache, Hardware, Lengths, Policy, Result, Workload, make_step, optimum, simulate
+from simulator import (
+    POLICIES,
+    BlockCache,
+    Hardware,
+    Job,
+    Lengths,
+    Policy,
+    Result,
+    Workload,
+    lower_bound,
+    make_step,
+    optimum,
+    simulate,
+)
 
 WORKLOADS = Path(__file__).parents[1] / "benchmarks" / "workloads"
 SMALL = Workload(
@@ -43,6 +59,35 @@ def test_every_token_is_decoded_once_and_no_time_is_made(policy: Policy) -> None
     longest = max(s.length for s in steps[0])
     if not policy.reuse:
         assert sum(result.seconds) >= longest * SMALL.hardware.iteration
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if not p.streaming and not p.reuse], ids=lambda p: p.name)
+def test_no_policy_beats_the_lower_bound(policy: Policy) -> None:
+    for workload in (SMALL, replace(SMALL, cache_blocks=4000, problems=4), replace(SMALL, engines=1)):
+        one = replace(workload, steps=1)
+        assert lower_bound(one, make_step(one, 0, 0)[0]) <= simulate(one, policy).seconds[0]
+
+
+def alone(h: Hardware, placed: Sequence[Job]) -> float:
+    """Seconds of an engine that starts all of these at once and computes one token of each one's prompt."""
+    longest = max((s.length for s in placed), default=0)
+    read = sum(len(s.prompt) + t for s in placed for t in range(s.length))
+    tokens = sum(s.length for s in placed)
+    return longest * h.iteration + tokens * h.per_sequence + read * h.per_kv_token + len(placed) * h.per_prefill_token
+
+
+def test_the_lower_bound_is_near_the_best_of_all_placements() -> None:
+    heavy = Hardware(iteration=6e-3, per_sequence=3e-3, per_kv_token=1e-5, per_prefill_token=3e-5)
+    ratios = []
+    for seed in range(20):
+        rng = random.Random(seed)
+        jobs = [Job(i, 0, (i,) * 17, rng.choice([5, 20, 80, 300, 320]) + i) for i in range(6)]
+        splits = [[[s for s, e in zip(jobs, where, strict=True) if e == k] for k in (0, 1)]
+                  for where in itertools.product((0, 1), repeat=6)]  # fmt: skip
+        best = min(max(alone(heavy, part) for part in split) for split in splits)
+        ratios.append(lower_bound(replace(SMALL, engines=2, hardware=heavy), jobs) / best)
+    assert max(ratios) <= 1 + 1e-9
+    assert sum(ratios) / len(ratios) > 0.9
 
 
 def test_a_lone_sequence_takes_the_time_of_its_iterations() -> None:

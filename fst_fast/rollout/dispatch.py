@@ -37,14 +37,22 @@ class Dispatcher:
     """Which request starts next on which engine. Knows requests and token counts, no engines: the simulator drives it
     as the Scheduler does.
 
-    `cache_tokens` is what one engine's KV cache holds, and a request starts when its expected growth and that of all
-    others fit; None = the engines bound their batches themselves, and everything starts at once.
+    `cache_tokens` is what one engine's KV cache holds; None = it keeps no prefix from one request to the next, and a
+    lone engine is served in the order of the trie. `bounded`: a request starts when its expected growth and that of all
+    others fit the cache; else the engines bound their batches themselves, and everything is handed over at once.
     """
 
     BLOCK = 16  # tokens; a running request wastes up to one block
 
-    def __init__(self, engines: int, *, cache_tokens: int | None = None, max_running: int | None = None):
-        self.cache_tokens, self.max_running = cache_tokens, max_running
+    def __init__(
+        self,
+        engines: int,
+        *,
+        cache_tokens: int | None = None,
+        bounded: bool = False,
+        max_running: int | None = None,
+    ):
+        self.cache_tokens, self.bounded, self.max_running = cache_tokens, bounded, max_running
         self.lengths = LengthPredictor()
         self.queues = [Queue(deque(), {}) for _ in range(engines)]
         self._where: dict[int, int] = {}  # engine of every unfinished request
@@ -63,14 +71,14 @@ class Dispatcher:
         waiting = [r for q in self.queues for r, _ in q.waiting] + list(requests)
         running = [s for q in self.queues for s in q.running.values()]
         everything = waiting + [s.request for s in running]
-        bounded = self.cache_tokens is not None or len(self.queues) > 1
+        by_length = self.cache_tokens is not None or len(self.queues) > 1
         left = [self._left(q) for q in self.queues]
         predicted = [self.lengths.expected(r.problem) for r in waiting] + [n for each in left for n in each]
         found = plan(
             [r.prompt_ids for r in everything],
             # what runs is in the plan for the sake of its prefixes only
             [r.priority for r in waiting] + [1 << 30] * len(running),
-            predicted if bounded else None,
+            predicted if by_length else None,
             cache_tokens=self.cache_tokens or 0,
         )
         self._node_tokens = found.node_tokens
@@ -99,7 +107,7 @@ class Dispatcher:
                     break
                 started.append((engine, self._start(engine, *q.waiting[last])))
                 del q.waiting[last]
-        if self.cache_tokens is None:  # nothing that has been handed over comes back
+        if not self.bounded:  # nothing that has been handed over comes back
             return started
         for engine in engines:
             q = self.queues[engine]
@@ -144,7 +152,7 @@ class Dispatcher:
             return False
         if self.max_running is not None and len(q.running) >= self.max_running:
             return False
-        if self.cache_tokens is None or not q.running:
+        if not self.bounded or self.cache_tokens is None or not q.running:
             return True
         rest = [s.request for s in q.running.values()] + [request]
         made = np.array([q.steps - s.at for s in q.running.values()] + [0.0])
@@ -200,12 +208,16 @@ class Scheduler:
     Requests are started with weights at most `lookahead` versions older than the `policy_version` they name (they wait
     for the others). At a weight change what is under way is interrupted: its tokens stay, each with the log-prob of the
     weights that sampled it, its cached keys and values go, and the rest is sampled by the new weights.
+
+    `cache_tokens`: what an engine is trusted with at once, where it should not be left to pre-empt by itself.
     """
 
     def __init__(self, engines: Sequence[RolloutEngine], *, cache_tokens: int | None = None, lookahead: int = 0):
         self.engines, self.lookahead = list(engines), lookahead
         self.name, self.version = self.engines[0].name, self.engines[0].version
-        self.dispatcher = Dispatcher(len(self.engines), cache_tokens=cache_tokens)
+        bounded = cache_tokens is not None
+        tokens = cache_tokens if bounded else self.cache_tokens
+        self.dispatcher = Dispatcher(len(self.engines), cache_tokens=tokens, bounded=bounded)
         self._watches = [Watch() for _ in self.engines]
         self._begun: dict[int, Completion] = {}  # tokens of interrupted responses, by request
         self._given: dict[int, Request] = {}  # as submitted
@@ -213,6 +225,10 @@ class Scheduler:
     @property
     def policy_version(self) -> int:
         return self.engines[0].policy_version
+
+    @property
+    def cache_tokens(self) -> int | None:
+        return self.engines[0].cache_tokens
 
     @property
     def busy(self) -> bool:

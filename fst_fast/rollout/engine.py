@@ -55,6 +55,12 @@ class RolloutEngine(Protocol):
         ...
 
     @property
+    def cache_tokens(self) -> int | None:
+        """Tokens of its KV cache, which keeps prefixes for requests to come; None: it shares prefixes only among those
+        that start together."""
+        ...
+
+    @property
     def stats(self) -> EngineStats: ...
 
     def submit(self, requests: Sequence[Request]) -> None:

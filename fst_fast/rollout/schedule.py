@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import math
 import random
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from fst_fast.prefix_tree import Ragged, trie
+from fst_fast.prefix_tree import Ragged, Trie, trie
 
 PREFILL = 0.2  # time of a prefilled token in decoded tokens (Qwen3-8B on an H100 at a batch of 64: .03 against .16 ms)
 SIGMAS = 3.0  # of safety at admission: least makespan in benchmarks/rollouts.py; 0 pre-empts as much as no admission
+PREFIXES = 1 / 8  # of the cache for shared prefixes: beyond it, longest first costs more room than it saves tail
 FILLER = 1 << 20  # priority of GEPA's evaluations: behind the requests of every step, whose priority is its number
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """The requests that share one whole prompt: they start side by side, on one engine."""
 
     requests: tuple[int, ...]  # indices into what was planned
@@ -46,48 +46,37 @@ def plan(
     cache_tokens: int = 0,
 ) -> Plan:
     """Units of the requests, by priority class. Within a class longest predicted response first (a long one started
-    last is what a step waits for), unless that would make a cache of `cache_tokens` lose prefixes that depth-first
-    order keeps: then depth-first, the longest first among siblings. Without predictions, depth-first by token ids.
+    last is what a step waits for), unless the prefixes that units share would take too much of a cache of
+    `cache_tokens`: then depth-first, which needs one of them at a time, the longest first among siblings. Without
+    predictions, depth-first by token ids.
     """
     sequences = prompts if isinstance(prompts, Ragged) else Ragged.of(prompts)
     tree = trie(sequences)
     lengths = np.zeros(len(sequences)) if predicted is None else np.asarray(predicted, np.float64)
     deep = tree.order if predicted is None else tree.by_cost(lengths)
     classes = np.asarray(priority, np.int64)
+    node_tokens = tree.end - tree.start
     members: dict[tuple[int, int], list[int]] = {}
     for i, c, leaf in zip(deep.tolist(), classes[deep].tolist(), tree.leaf[deep].tolist(), strict=True):
         members.setdefault((c, leaf), []).append(i)
-    paths: dict[int, tuple[int, ...]] = {-1: ()}
+    paths: list[tuple[int, ...]] = []
     for k, above in enumerate(tree.parent.tolist()):
-        paths[k] = (*paths[above], k)
-    each = lengths.tolist()
-    units = [Unit(tuple(m), paths[leaf], c, sum(each[i] for i in m)) for (c, leaf), m in members.items()]
-    found = Plan(units, (tree.end - tree.start).tolist())
-    if predicted is not None:
-        longest = Plan(sorted(units, key=lambda u: -u.predicted / len(u.requests)), found.node_tokens)
-        if prefill_tokens(longest, cache_tokens) <= 1.01 * prefill_tokens(found, cache_tokens):
-            found = longest
-    return Plan(sorted(found.units, key=lambda u: u.priority), found.node_tokens)
+        paths.append((*paths[above], k) if above >= 0 else (k,))
+    paths.append(())  # of empty sequences, whose leaf is -1
+    of = lengths.tolist().__getitem__
+    units = [Unit(tuple(m), paths[leaf], c, sum(map(of, m))) for (c, leaf), m in members.items()]
+    if predicted is not None and node_tokens[_shared(tree)].sum() <= PREFIXES * cache_tokens:
+        units.sort(key=lambda u: -u.predicted / len(u.requests))
+    units.sort(key=lambda u: u.priority)
+    return Plan(units, node_tokens.tolist())
 
 
-def prefill_tokens(plan: Plan, cache_tokens: int) -> int:
-    """Prompt tokens computed when the units are served one after the other by a cache of `cache_tokens` that drops what
-    was used longest ago, of one request its response first and then its prompt from the tail."""
-    cache: OrderedDict[int, float] = OrderedDict()  # tokens of trie nodes and, under negative numbers, of responses
-    held, computed = 0.0, 0
-    for u, unit in enumerate(plan.units):
-        cache[~u] = unit.predicted
-        held += unit.predicted
-        for node in reversed(unit.path):
-            if node in cache:
-                cache.move_to_end(node)
-            else:
-                computed += plan.node_tokens[node]
-                held += plan.node_tokens[node]
-                cache[node] = plan.node_tokens[node]
-        while held > cache_tokens and cache:
-            held -= cache.popitem(last=False)[1]
-    return computed
+def _shared(tree: Trie) -> np.ndarray:
+    """bool [nodes]: whether several units pass the node."""
+    ends = np.zeros(len(tree) + 1, np.int64)
+    ends[tree.leaf[tree.leaf >= 0]] = 1
+    before = np.concatenate([[0], np.cumsum(ends)])
+    return before[np.arange(len(tree)) + tree.size] - before[: len(tree)] > 1
 
 
 def place(plan: Plan, loads: Sequence[float]) -> list[int]:
@@ -97,25 +86,28 @@ def place(plan: Plan, loads: Sequence[float]) -> list[int]:
     a unit joins its siblings when that is worth more than an even load.
     """
     finish = list(loads)
-    engines = range(len(finish))
     if len(finish) == 1:
         return [0] * len(plan.units)
-    held: list[set[int]] = [set() for _ in engines]
+    others = [tuple(e for e in range(len(finish)) if e != here) for here in range(len(finish))]
+    lacking: list[tuple[int, ...] | None] = [None] * len(plan.node_tokens)  # engines without a trie node; None: all
     chosen = [0] * len(plan.units)
     # equals shuffled: in the order of the trie, one problem under all prompts could fall to one engine
     shuffled = random.Random(0).sample(range(len(chosen)), len(chosen))
     for u in sorted(shuffled, key=lambda u: (plan.units[u].priority, -plan.units[u].predicted)):
-        unit = plan.units[u]
-        best, soonest = 0, float("inf")
-        for e in engines:
-            done = finish[e]
-            if done < soonest:
-                done += PREFILL * sum(plan.node_tokens[k] for k in unit.path if k not in held[e])
-                if done < soonest:
-                    best, soonest = e, done
-        finish[best] = soonest + unit.predicted
-        held[best].update(unit.path)
-        chosen[u] = best
+        unit, done, new = plan.units[u], finish.copy(), 0
+        for k in unit.path:
+            if (without := lacking[k]) is None:
+                new += plan.node_tokens[k]
+            else:
+                for e in without:
+                    done[e] += PREFILL * plan.node_tokens[k]
+        best = chosen[u] = done.index(min(done))
+        finish[best] = done[best] + PREFILL * new + unit.predicted
+        for k in unit.path:
+            if (without := lacking[k]) is None:
+                lacking[k] = others[best]
+            elif best in without:
+                lacking[k] = tuple(e for e in without if e != best)
     return chosen
 
 

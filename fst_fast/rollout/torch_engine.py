@@ -38,6 +38,7 @@ class TorchEngine:
     """RolloutEngine on a transformers causal LM with full and sliding-window attention."""
 
     name, version = "torch", f"{torch.__version__}"
+    cache_tokens = None
 
     def __init__(self, model: Model, *, max_batch: int = 256):
         self.stats = EngineStats()

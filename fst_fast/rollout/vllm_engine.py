@@ -85,7 +85,9 @@ class VllmEngine:
             ) from error
         self.version: str = vllm.__version__
         # tokens; of a shared prefix only whole blocks are shared
-        self.block_size: int = self._llm.vllm_config.cache_config.block_size
+        cache = self._llm.vllm_config.cache_config
+        self.block_size: int = cache.block_size
+        self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size  # blocks of the CPU are called so too
         self.stats = EngineStats()
         self._context, self._stop = model.context, sorted(model.eos_ids)
         self._state: Literal["without weights", "ready", "asleep"] = "without weights"

@@ -146,22 +146,35 @@ def restore(model: Model, weights: list[torch.Tensor]) -> None:
 
 
 def test_requests_meant_for_later_weights_wait_unless_the_lookahead_reaches_them() -> None:
-    dispatcher = Dispatcher(1, cache_tokens=10**6)
+    dispatcher = Dispatcher(1, cache_tokens=10**6, bounded=True)
     dispatcher.submit([asked(0, version=3), asked(1, version=4, priority=1), asked(2, version=5, priority=2)])
     assert [r.id for _, r in dispatcher.start([0], version=3)] == [0]
     assert [r.id for _, r in dispatcher.start([0], version=4)] == [1]
     assert [r.id for _, r in dispatcher.start([0], version=4)] == []
 
 
+def test_an_engine_that_keeps_prefixes_is_given_the_longest_first_and_one_that_does_not_the_trie(model: Model) -> None:
+    requests = [asked(i, problem=1 + i) for i in range(12)]
+    for cache_tokens, expected in ((10**6, [11, 10, 9]), (None, [0, 1, 2])):
+        engine = TorchEngine(model, max_batch=3)
+        engine.cache_tokens = cache_tokens  # type: ignore[assignment]
+        scheduler = Scheduler([engine])
+        for r in requests:
+            scheduler.dispatcher.lengths.observe(r.problem, 50 * (1 + r.id))
+        scheduler.submit(requests)
+        scheduler.step()
+        assert [run.request.id for run in engine._running] == expected
+
+
 def test_classes_go_in_order_and_the_filler_last() -> None:
-    dispatcher = Dispatcher(1, cache_tokens=10**6)
+    dispatcher = Dispatcher(1, cache_tokens=10**6, bounded=True)
     dispatcher.submit([asked(0, priority=FILLER), asked(1, priority=6, problem=1)])
     dispatcher.submit([asked(2, priority=5, problem=2)])
     assert [r.id for _, r in dispatcher.start([0], version=0)] == [2, 1, 0]
 
 
 def test_what_starts_is_expected_to_fit_and_the_rest_follows_when_something_ends() -> None:
-    dispatcher = Dispatcher(1, cache_tokens=5000)
+    dispatcher = Dispatcher(1, cache_tokens=5000, bounded=True)
     for problem in range(40):
         for _ in range(5):
             dispatcher.lengths.observe(str(problem), 200)
@@ -175,7 +188,7 @@ def test_what_starts_is_expected_to_fit_and_the_rest_follows_when_something_ends
 
 
 def test_an_engine_that_runs_dry_takes_what_would_start_last_elsewhere() -> None:
-    dispatcher = Dispatcher(2, cache_tokens=900)
+    dispatcher = Dispatcher(2, cache_tokens=900, bounded=True)
     for problem in range(20):
         for _ in range(5):
             dispatcher.lengths.observe(str(problem), 100 + problem)

@@ -3,13 +3,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fst_fast.rollout.schedule import AHEAD, LengthPredictor, Plan, Unit, peak_tokens, place, plan, prefill_tokens
+from fst_fast.rollout.schedule import AHEAD, LengthPredictor, Plan, Unit, peak_tokens, place, plan
 
 PROMPTS = [(1,) * 30 + (k,) * 10 for k in range(4)]
 PROBLEMS = [(100 + x,) * 5 for x in range(6)]
@@ -49,8 +50,24 @@ def test_with_a_large_cache_the_longest_go_first_and_with_a_small_one_the_trie_i
         assert within == sorted(within, reverse=True)
 
 
+def prefill_tokens(found: Plan, cache_tokens: int) -> int:
+    """Prompt tokens computed when units are served one after the other by a cache that drops what was used longest ago,
+    of one prompt its tail first."""
+    cache: OrderedDict[int, int] = OrderedDict()
+    computed = 0
+    for unit in found.units:
+        for node in reversed(unit.path):
+            if node not in cache:
+                computed += found.node_tokens[node]
+                cache[node] = found.node_tokens[node]
+            cache.move_to_end(node)
+        while sum(cache.values()) > cache_tokens:
+            cache.popitem(last=False)
+    return computed
+
+
 def test_with_one_path_of_cache_only_depth_first_computes_every_prefix_once() -> None:
-    deep = plan(REQUESTS, [0] * len(REQUESTS))
+    deep = plan(REQUESTS, [0] * len(REQUESTS), lengths(1), cache_tokens=60)
     once = sum(deep.node_tokens)
     path = max(map(len, REQUESTS))
     shuffled = Plan(random.Random(0).sample(deep.units, len(deep.units)), deep.node_tokens)
@@ -58,6 +75,17 @@ def test_with_one_path_of_cache_only_depth_first_computes_every_prefix_once() ->
     assert prefill_tokens(shuffled, path) > 1.5 * once
     assert prefill_tokens(shuffled, 10**6) == once
     assert prefill_tokens(deep, path - 3) == once  # the tail is dropped first, and is the one that is not shared
+
+
+def test_what_only_siblings_share_needs_no_cache_and_what_units_share_at_most_an_eighth_of_it() -> None:
+    shared = 30 + 4 * 10  # the header and the four prompts; a problem under a prompt is one unit of two samples
+    for cache, longest_first in ((8 * shared, True), (8 * shared - 1, False)):
+        found = plan(REQUESTS, [0] * len(REQUESTS), lengths(3), cache_tokens=cache)
+        means = [u.predicted / len(u.requests) for u in found.units]
+        assert (means == sorted(means, reverse=True)) is longest_first
+    apart = [(k, *(9,) * 500) for k in range(5) for _ in range(2)]
+    found = plan(apart, [0] * 10, [float(i // 2) for i in range(10)], cache_tokens=1)
+    assert [u.predicted for u in found.units] == [8, 6, 4, 2, 0]
 
 
 def makespan(costs: list[float], chosen: list[int], engines: int) -> float:
