@@ -70,9 +70,9 @@ def linear_token_logprobs(
         chunk_rows: rows of logits that exist at a time; by default 4096 on a GPU and about 2²⁴ logits on a CPU.
         backend: "cuda" (rows in clusters' shared memory on a Hopper GPU, where the install built it with FST_CUDA=1),
             "triton" (fp32 arithmetic on a GPU), "cpu" (compiled), "torch" (any device and dtype), or "auto": the first
-            of them that can take these tensors ("cuda" not in torch.compile). Here only, "triton-matrix" stores no logit
-            in the forward pass and goes backward like "triton": "auto" for bf16 or fp16 on a Hopper GPU, not in
-            torch.compile.
+            of them that can take these tensors ("cuda" not in torch.compile). Here only, "triton-matrix" stores no
+            logit in the forward pass and goes backward like "triton": "auto" for bf16 or fp16 on a Hopper GPU, not
+            in torch.compile.
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit, and on targets or temperatures out of range. In a graph of torch.compile the

@@ -39,7 +39,8 @@ class _KnownGradients(torch.autograd.Function):
         reject_second_order("the fused policy loss")
         # A product, never in place: a second backward(retain_graph=True) reads the saved gradients again.
         if ctx.place is not None:
-            return None, None, None, *ctx.place(tuple(None if g is None else g * upstream[0] for g in ctx.saved_tensors))
+            scaled = tuple(None if g is None else g * upstream[0] for g in ctx.saved_tensors)
+            return None, None, None, *ctx.place(scaled)
         found = (_scaled(g, upstream[0], dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return None, None, None, *found
 

@@ -39,9 +39,9 @@ class Tiles(NamedTuple):
     group: int  # blocks of rows that pass the same weights together, while their hidden states stay in the L2 cache
 
 
-# Compiled for sm_90a without spills by triton 3.6 and 3.7 (but for a bias and a softcap together, which no
-# known model has). The first is used:
-# the fastest on an H200 at Qwen3-8B's head (benchmarks/tune.py: 61.8 ms; the others 68.8, 65.1 and 72.4).
+# Compiled for sm_90a without spills by triton 3.6 and 3.7 (but for a bias and a softcap together, which no known model
+# has). The first is used: the fastest on an H200 at Qwen3-8B's head (benchmarks/tune.py: 61.8 ms; the others 68.8, 65.1
+# and 72.4).
 CONFIGURATIONS = (
     Tiles(rows=256, items=128, depth=64, warps=8, stages=4, programs=1, group=8),
     Tiles(rows=128, items=256, depth=64, warps=8, stages=4, programs=1, group=16),
