@@ -99,9 +99,9 @@ def _problem(args: argparse.Namespace, rows: str = "all rows") -> Problem:
 
 
 def trials(args: argparse.Namespace) -> dict[str, str]:
-    """Why contenders with kernels of their own do not run, each from a process of its own; six at a time."""
+    """Why contenders with kernels of their own do not run, each from a process of its own; eight at a time."""
     own = [name for name, c in _asked(LOSSES, args).items() if not c.plain]
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(8) as pool:
         reasons = pool.map(lambda name: _trial_of(name, args), own)
         return {name: why for name, why in zip(own, reasons, strict=True) if why}
 
