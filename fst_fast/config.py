@@ -181,10 +181,10 @@ class Config:
     mode: Mode = "fst"
     """Which channels learn: fst, rl, gepa, rl-then-gepa, fst-distill."""
     stream: str = "glyph:A@60,glyph:B@60"
-    """Stages TASK@STEPS in order: glyph:A, glyph:A/B (sliced), star_graph:4x3, jsonl:FILE, math:SOURCE, hover:SOURCE
-    (published data: a file, a folder or a Hugging Face dataset). Within a stage, without labels: glyph:A+glyph:B draws
-    each problem from one of them, glyph:A>glyph:B shifts gradually from one to the other, glyph:A>>glyph:B switches
-    halfway; in a mixture eval.problems are those of each task."""
+    """Stages TASK@STEPS in order: glyph:A, glyph:A/B (sliced), star_graph:4x3, jsonl:FILE, codeio:SOURCE, math:SOURCE,
+    hover:SOURCE (published data: a file, a folder or a Hugging Face dataset). Within a stage, without labels:
+    glyph:A+glyph:B draws each problem from one of them, glyph:A>glyph:B shifts gradually from one to the other,
+    glyph:A>>glyph:B switches halfway; in a mixture eval.problems are those of each task."""
     run_dir: str = ""
     """Where the run is written; empty = runs/<mode>-<date>-<time>."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

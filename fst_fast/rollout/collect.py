@@ -10,12 +10,12 @@ from typing import Any
 
 from fst_fast.errors import EngineError
 from fst_fast.model import Model
-from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams
+from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams, Verdict
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.rollout.schedule import FILLER
 from fst_fast.seeding import derive
-from fst_fast.tasks.task import Message, Task
+from fst_fast.tasks.task import Message, Task, verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,10 @@ class Collector:
         done = self._drain(asked.requests)
         if strangers := {v for c in done for v, _ in c.versions} - set(asked.versions):
             raise EngineError(f"rollouts for weights {asked.versions} were sampled by weights {min(strangers)}")
+        responses = [self.model.decode(c.response_ids) for c in done]
+        said = verdicts(asked.task, [(ask.problem, r) for ask, r in zip(asked.asks, responses, strict=True)])
         rollouts = [
-            self._rollout(asked, ask, request, completion)
-            for ask, request, completion in zip(asked.asks, asked.requests, done, strict=True)
+            self._rollout(asked, *one) for one in zip(asked.asks, asked.requests, done, responses, said, strict=True)
         ]
         self.store.add(rollouts, step=asked.step)
         self._count(rollouts, asked.purpose)
@@ -160,8 +161,9 @@ class Collector:
                 missing.discard(c.id)
         return [self._done.pop(r.id) for r in requests]
 
-    def _rollout(self, asked: Asked, ask: Ask, request: Request, c: Completion) -> Rollout:
-        response = self.model.decode(c.response_ids)
+    def _rollout(
+        self, asked: Asked, ask: Ask, request: Request, c: Completion, response: str, verdict: Verdict
+    ) -> Rollout:
         return Rollout(
             prompt=ask.prompt,
             problem=ask.problem,
@@ -175,7 +177,7 @@ class Collector:
             finish_reason=c.finish_reason,
             engine=f"{self.engine.name} {self.engine.version}",
             response=response,
-            verdict=asked.task.verify(ask.problem, response),
+            verdict=verdict,
             scoring=asked.scoring,
         )
 

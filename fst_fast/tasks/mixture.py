@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, zip_longest
 
 from fst_fast.records import Problem, Verdict
-from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message, Task
+from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message, Task, verdicts
 
 # Only before a task's name: a path or a dataset's name may hold these signs.
 BLOCKS, PHASES, TASKS = (re.compile(sign + r"(?=[a-z_-]+:)") for sign in (">>", ">", r"\+"))
@@ -50,6 +50,13 @@ class Mixture:
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         return self._of[problem.id].verify(problem, response)
+
+    def verify_all(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        out: dict[int, Verdict] = {}
+        for part in self.parts:
+            mine = [i for i, (problem, _) in enumerate(answers) if self._of[problem.id] is part]
+            out |= zip(mine, verdicts(part, [answers[i] for i in mine]), strict=True)
+        return [out[i] for i in range(len(answers))]
 
     @property
     def phrasebook(self) -> Mapping[str, Sequence[str]]:

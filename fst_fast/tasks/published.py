@@ -29,6 +29,13 @@ class PublishedOptions:
     wiki: str = ""
     """hover: the published wiki_wo_links.db, from which each claim gets the articles that decide it; empty = a claim
     comes with the text that its row holds in a field 'context', if any, else alone."""
+    category: str = ""
+    """codeio: the category of programs that is left out, and is what codeio-ood has; empty = the rarest one that has a
+    twentieth of the programs."""
+    programs: Annotated[int, Field(ge=1, le=10**7)] = 2000
+    """codeio: programs that are read, from the source's beginning; three examples of each make six problems."""
+    seconds: Annotated[float, Field(gt=0, le=600)] = 2.0
+    """codeio: wall time a program may take."""
 
 
 class PublishedTask:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ class _Jail:
             cwd="/",
             start_new_session=True,
         )
+        self._end = weakref.finalize(self, _end, self._process)  # also when the sandbox is gone
         ready = self._line(START)
         if not ready:
             self.kill()
@@ -125,12 +127,7 @@ class _Jail:
         return Outcome(**json.loads(line)) if line else None
 
     def kill(self) -> None:
-        self._process.kill()  # takes `unshare`'s child along, the first process of its namespace, and so all in it
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):  # a request it never read
-                pipe.close()
+        self._end()
 
     def _line(self, seconds: float) -> bytes:
         assert self._process.stdout is not None
@@ -143,6 +140,15 @@ class _Jail:
         return line if line.endswith(b"\n") else b""  # it was killed while it wrote
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()  # takes `unshare`'s child along, the first process of its namespace, and so all in it
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):  # a request it never read
+            pipe.close()
+
+
 @functools.cache
 def _launcher() -> tuple[list[str], str]:
     """(command that starts a jail in namespaces of its own, ""), or ([], why there are none)."""
@@ -151,7 +157,7 @@ def _launcher() -> tuple[list[str], str]:
     if not unshare:
         return [], f"there are no private namespaces (no program `unshare`): {where}"
     command = [unshare, "--user", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
-    tried = subprocess.run([*command, "true"], capture_output=True, text=True)
+    tried = subprocess.run([*command, sys.executable, "-S", "-c", ""], capture_output=True, text=True)
     if tried.returncode:
         return [], f"there are no private namespaces ({' '.join(tried.stderr.split())[:200]}): {where}"
     return command, ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fst_fast.records import Problem, Verdict
 
@@ -35,3 +35,19 @@ class Task(Protocol):
     def phrasebook(self) -> Mapping[str, Sequence[str]]:
         """Topic → instruction sentences, for the offline rule-based reflector; empty when the task has none."""
         ...
+
+
+@runtime_checkable
+class VerifiesTogether(Protocol):
+    """A task whose verifier waits for other processes: many answers take little longer than one."""
+
+    def verify_all(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """`verify` of each (problem, response), in order."""
+        ...
+
+
+def verdicts(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+    """What `task` says of each (problem, response), in order."""
+    if isinstance(task, VerifiesTogether):
+        return task.verify_all(answers)
+    return [task.verify(problem, response) for problem, response in answers]
