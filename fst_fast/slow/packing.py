@@ -11,7 +11,7 @@ import torch
 from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.prefix_tree import Ragged, build, trie
-from fst_fast.records import Rollout
+from fst_fast.records import Prompt, Rollout
 from fst_fast.slow import tree_attention
 from fst_fast.slow.tree_attention import Span
 
@@ -64,24 +64,36 @@ def packed_hidden(model: Model, rollouts: Sequence[Rollout]) -> torch.Tensor:
 
 
 def packed_batches(rollouts: Sequence[Rollout], budget: int) -> Iterator[list[int]]:
-    """Indices of rollouts in batches whose tries have at most `budget` tokens (one rollout may have more), in the order
-    of one trie over all: a prompt is met in several batches only where it does not fit one."""
+    """Indices of rollouts in batches whose tries have at most `budget` tokens (one rollout may have more). A prompt is
+    spread over batches only where it does not fit into one; the ends of several share one."""
     rows = [r.prompt_ids + r.response_ids for r in rollouts]
-    batch: list[int] = []
-    tokens = 0
-    before = np.empty(0, np.int64)
-    for i in trie(Ragged.of(rows)).order.tolist():
-        row = np.asarray(rows[i], np.int64)
-        shortest = min(len(row), len(before))
-        apart = np.flatnonzero(row[:shortest] != before[:shortest])
-        more = len(row) - (int(apart[0]) if len(apart) else shortest)
-        if batch and tokens + more > budget:
-            yield batch
-            batch, tokens, more = [], 0, len(row)
-        batch.append(i)
-        tokens, before = tokens + more, row
-    if batch:
-        yield batch
+    of_prompt: dict[Prompt, list[int]] = {}
+    for i, r in enumerate(rollouts):
+        of_prompt.setdefault(r.prompt, []).append(i)
+    pieces = [piece for indices in of_prompt.values() for piece in _cut(indices, rows, budget)]
+    batches: list[tuple[int, list[int]]] = []  # with their tokens
+    for tokens, piece in sorted(pieces, key=lambda p: -p[0]):  # first fit decreasing
+        for b, (used, batch) in enumerate(batches):
+            if used + tokens <= budget:
+                batches[b] = (used + tokens, batch + piece)
+                break
+        else:
+            batches.append((tokens, piece))
+    yield from (batch for _, batch in batches)
+
+
+def _cut(indices: Sequence[int], rows: Sequence[Sequence[int]], budget: int) -> list[tuple[int, list[int]]]:
+    """Rows in the order of their trie, cut wherever its tokens would exceed the budget; with the tokens."""
+    tree = trie(Ragged.of([rows[i] for i in indices]))
+    added = np.zeros(len(indices), np.int64)  # tokens that each adds to those before it
+    np.add.at(added, tree.first[:-1], tree.end - tree.start)
+    pieces: list[tuple[int, list[int]]] = []
+    for i, new in zip((indices[k] for k in tree.order.tolist()), added.tolist(), strict=True):
+        if pieces and pieces[-1][0] + new <= budget:
+            pieces[-1] = (pieces[-1][0] + new, [*pieces[-1][1], i])
+        else:
+            pieces.append((len(rows[i]), [i]))
+    return pieces
 
 
 def prepare(model: Model) -> None:

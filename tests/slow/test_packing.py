@@ -71,6 +71,17 @@ def test_attention_and_its_gradients_are_those_of_a_dense_ancestor_mask(
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+def rollout(
+    prompt: str, problem: str, sample: int, prompt_ids: tuple[int, ...], response: tuple[int, ...], rng: random.Random
+) -> Rollout:
+    behaviour = tuple(rng.uniform(-8, -1) for _ in response)
+    reward = float((sample + int(prompt[1:])) % 2)
+    return Rollout(
+        Prompt(prompt), Problem(problem, {}), sample, "rl", prompt_ids, response, behaviour, ((0, len(response)),),
+        SamplingParams(0.8), "stop", "test", "", Verdict(reward, ""),
+    )  # fmt: skip
+
+
 def groups_of(model: Model) -> list[Group]:
     """Two long prompts on three problems, two samples each, some of which begin alike."""
     rng = random.Random(3)
@@ -82,23 +93,7 @@ def groups_of(model: Model) -> list[Group]:
         for k, prompt in enumerate(prompts):
             for i in range(2):
                 response = (common if x else ()) + draw(rng.randint(1, 20))
-                rollouts.append(
-                    Rollout(
-                        Prompt(f"p{k}"),
-                        Problem(f"x{x}", {}),
-                        i,
-                        "rl",
-                        prompt + problem,
-                        response,
-                        tuple(rng.uniform(-8, -1) for _ in response),
-                        ((0, len(response)),),
-                        SamplingParams(0.8),
-                        "stop",
-                        "test",
-                        "",
-                        Verdict(float((i + k) % 2), ""),
-                    )
-                )
+                rollouts.append(rollout(f"p{k}", f"x{x}", i, prompt + problem, response, rng))
     return group_by_problem(rollouts)
 
 
@@ -136,13 +131,67 @@ def test_in_float64_hidden_states_are_those_of_separate_sequences(models: tuple[
         model.lm.float()
 
 
-def test_batches_hold_every_rollout_once_within_the_budget(models: tuple[Model, Model]) -> None:
-    rollouts = [r for g in groups_of(models[0]) for r in g.rollouts]
-    batches = list(packed_batches(rollouts, 250))
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(20, 600), st.randoms(use_true_random=False))
+def test_batches_hold_every_rollout_once_within_the_budget_and_a_prompt_that_fits_in_one(
+    prompts: int, problems: int, budget: int, rng: random.Random
+) -> None:
+    draw = lambda low, high: tuple(rng.randrange(5, 300) for _ in range(rng.randint(low, high)))  # noqa: E731
+    heads, contents = [(1, 2, 3, *draw(40, 60)) for _ in range(prompts)], [draw(5, 20) for _ in range(problems)]
+    rollouts = [
+        rollout(f"p{k}", f"x{x}", 0, head + content, draw(1, 30), rng)
+        for x, content in enumerate(contents)
+        for k, head in enumerate(heads)
+    ]
+    batches = list(packed_batches(rollouts, budget))
     assert sorted(i for b in batches for i in b) == list(range(len(rollouts)))
-    assert len(batches) > 1
-    for batch in batches:
-        assert len(pack([rollouts[i].prompt_ids + rollouts[i].response_ids for i in batch], min_saving=1).ids) <= 250
+    assert all(len(b) == 1 or tokens(rollouts, b) <= budget for b in batches)
+    for k in range(prompts):
+        mine = [i for i, r in enumerate(rollouts) if r.prompt.text == f"p{k}"]
+        if tokens(rollouts, mine) <= budget:
+            assert sum(any(i in b for i in mine) for b in batches) == 1
+    if sum(tokens(rollouts, b) for b in batches) <= budget:
+        assert len(batches) == 1
+
+
+def tokens(rollouts: Sequence[Rollout], indices: Sequence[int]) -> int:
+    return len(pack([rollouts[i].prompt_ids + rollouts[i].response_ids for i in indices], min_saving=1).ids)
+
+
+def test_log_ratios_stand_in_the_order_of_the_rollouts(models: tuple[Model, Model]) -> None:
+    model, base = models
+    rollouts = [r for g in groups_of(model) for r in g.rollouts]
+    configs = [SlowConfig(kl_coef=0.0, micro_tokens=200, pack=p) for p in ("off", "on")]  # type: ignore[arg-type]
+    padded, packed = (Learner(Recorder(model, c), base, c).log_ratios(rollouts) for c in configs)
+    assert [len(x) for x in packed] == [len(r.response_ids) for r in rollouts]
+    for a, b in zip(padded, packed, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_policy_and_base_compute_each_shared_prefix_once(models: tuple[Model, Model]) -> None:
+    computed: list[int] = []
+    config = SlowConfig(kl_coef=0.1, pack="on")
+    learner = Learner(Recorder(models[0], config), models[1], config)
+    hooks = [
+        m.lm.base_model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        for m in models
+    ]
+    groups = groups_of(models[0])
+    learner.step(groups, random.Random(0))
+    for hook in hooks:
+        hook.remove()
+    rollouts = [r for g in groups for r in g.rollouts]
+    once = tokens(rollouts, range(len(rollouts)))
+    assert len(computed) == 2
+    assert computed[0] == computed[1]
+    assert (
+        once - len(rollouts)
+        <= computed[0]
+        < 1.1 * once
+        < 0.6 * sum(len(r.prompt_ids + r.response_ids) for r in rollouts)
+    )
 
 
 @pytest.mark.parametrize(("family", "why"), [("mistral", "window of 8 tokens"), ("gemma2", "window of 8 tokens")])
