@@ -93,10 +93,29 @@ def main(argv: Sequence[str]) -> None:
 
 
 def fitting(jobs: Sequence[Job]) -> int:
-    """Runs that fit side by side: cores / threads of a run, or one where they share a GPU."""
+    """Runs that fit side by side: by cores and by memory that is free now; one where they share a GPU."""
     cores = os.cpu_count() or 1
-    shared_gpu = torch.cuda.is_available() and any(job.config.model.device != "cpu" for job in jobs)
-    return 1 if shared_gpu else max(1, cores // max(job.config.threads or cores for job in jobs))
+    if torch.cuda.is_available() and any(job.config.model.device != "cpu" for job in jobs):
+        return 1
+    by_cores = cores // max(job.config.threads or cores for job in jobs)
+    by_memory = free_memory() // max(memory(job.config.model.path) for job in jobs)
+    return max(1, min(by_cores, by_memory))
+
+
+def memory(model: str) -> int:
+    """Bytes of one run, roughly: a process (measured on glyph: 0.6 GB), and a model's weights in fp32 with their
+    gradient, both of Adam's moments and the frozen base model, from a folder that holds them in 16 bits."""
+    weights = Path(model).glob("*.safetensors") if model else ()
+    return 10**9 + 10 * sum(file.stat().st_size for file in weights)
+
+
+def free_memory() -> int:
+    """Bytes that new processes may take, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 2**63
 
 
 def plan(command: CompareCommand, flags: Sequence[str]) -> list[Job]:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fst_fast.compare import CompareCommand, main, plan
+from fst_fast.compare import CompareCommand, fitting, main, plan
+from fst_fast.config import ModelConfig
 from fst_fast.errors import UserError
 
 SMALL = [
@@ -29,6 +31,19 @@ def test_arms_run_side_by_side_end_in_tables_and_are_not_run_again(
     before = [m.read_bytes() for m in metrics]
     main(argv)
     assert [m.read_bytes() for m in metrics] == before
+
+
+def test_as_many_runs_as_cores_and_memory_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(10**8))
+    jobs = plan(CompareCommand(out=tmp_path / "out"), [*SMALL, "--threads", "2"])
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for free, fit in ((64, 4), (5, 4), (3.5, 3), (0.1, 1)):
+        monkeypatch.setattr("fst_fast.compare.free_memory", lambda free=free: int(free * 10**9))
+        assert fitting(jobs) == fit
+    large = [replace(job, config=replace(job.config, model=ModelConfig(path=str(tmp_path)))) for job in jobs]
+    monkeypatch.setattr("fst_fast.compare.free_memory", lambda: 5 * 10**9)
+    assert fitting(large) == 2
 
 
 def test_a_run_that_fails_stops_the_comparison_with_its_sentence(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ class Page(html.parser.HTMLParser):
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "span", "b", "i", "br", "bdi", "dl",
     "dt", "dd", "aside", "table", "tr", "th", "td", "details", "summary", "code", "pre", "ins", "del", "figure",
-    "figcaption", "svg", "g", "path", "defs", "use", "text", "clippath", "rect", "label", "input",
+    "figcaption", "svg", "g", "path", "defs", "use", "text", "clippath", "rect", "label", "input", "a",
 }  # fmt: skip
 
 

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from fst_fast.config import stages
+from fst_fast.experiments.__main__ import choose
 from fst_fast.experiments.curves import asymptote, efficiency, kl, saving
 from fst_fast.experiments.experiment import Claim, Setting
+from fst_fast.experiments.page import Report, write_page
 from fst_fast.experiments.prompts import deployment, route
 from fst_fast.experiments.streams import drift, plasticity, schedules
 from fst_fast.tasks import make_task
 from fst_fast.telemetry import Run
+from tests.test_report import Page, check_harmless
 
 SETTING = Setting(tuple(stages("glyph:A@60,glyph:B@60")), (0, 1))
 
@@ -99,8 +102,55 @@ def drifting(old: list[float], new: list[float], population: list[list[str]]) ->
         }
         reward = sum(part["weight"] * part["reward"] for part in by_task.values())
         evals.append({"step": 10 * i, "stage": 0, "task": "A>B", "reward": reward, "by_task": by_task})
-        evolves.append({"step": 10 * i, "population": population[i]})
+        evolves.append({"step": 10 * i, "stage": 0, "task": "A>B", "population": population[i]})
     return Run(Path("."), {"mode": "fst", "seed": 0}, (), tuple(evals), tuple(evolves), None)
+
+
+def test_arms_that_are_equal_prove_nothing_but_that_they_are_no_worse(tmp_path: Path) -> None:
+    """Every experiment measures, and the page takes what all of them say."""
+    task = make_task("glyph:A/B", seed=0)
+    (tmp_path / "rollouts").mkdir()
+    with open(tmp_path / "rollouts" / "rollouts.jsonl", "w") as file:
+        for purpose, step in (("rl", 110), ("eval", 120)):
+            for i, problem in enumerate([*task.train[:30], *task.validation[:30]]):
+                for prompt in ("old", "new"):
+                    row = {"purpose": purpose, "problem_id": problem.id, "prompt_id": prompt, "reward": float(i % 2)}
+                    file.write(json.dumps({**row, "step": step}) + "\n")
+    of = drifting([0.0] + [0.5] * 6, [0.0] + [0.5] * 6, [["old", "new"]] * 7)
+    every = dict.fromkeys(("reward_seed", "reward_mean_prompt", "reward_per_slice", "retention", "kl", "entropy"), 0.5)
+    every |= {"problems": 64, "samples": 2, "reward": 0.5}
+    second = [{**r, **every, "step": 60 + r["step"], "stage": 1} for r in of.evals]
+    evals = [{**r, **every, "reward": r["reward"]} for r in of.evals] + second
+    evals = [{**r, "task": "glyph:A/B", "rollouts": 100 * r["step"], "tokens": 900 * r["step"]} for r in evals]
+    step = {
+        "stage": 0,
+        "task": "glyph:A/B",
+        "entropy": 1.0,
+        "live_groups": 8,
+        "groups": 16,
+        "time": {"seconds": 1.0},
+        "tokens": 9,
+    }
+    evolves = tuple({**r, "proposals": 8, "time": {"seconds": 1.0}} for r in of.evolves)
+    config = {"mode": "fst", "seed": 0, "eval": {"every": 10}, "fast": {"reflector": "phrasebook"}}
+    steps = tuple({**step, "step": s + 1, "rollouts": 100 * s} for s in range(120))
+    whole = Run(tmp_path, config, steps, tuple(evals), evolves, None)
+    reports = []
+    for experiment in choose("all"):
+        if not (why := experiment.unfit(SETTING)):
+            result = experiment.measure(SETTING, {arm.label: [whole] * 2 for arm in experiment.arms(SETTING)})
+            assert {len(row) for row in result.rows} == {len(result.columns)}
+            assert {f.claim for f in result.findings} <= set(experiment.claims)
+            reports.append(Report(experiment, result.findings, result, {}))
+        assert bool(why) == (experiment.name == "star-graph")
+    held = {f.claim.text for report in reports for f in report.findings if f.verdict == "held"}
+    assert held == {
+        "Without its optimised prompts FST is at least as good as RL out of distribution",
+        "FST that carries its prompts over the switch does no worse than one that resets them",
+        "From an FST checkpoint it learns about as well as from the base",
+    }
+    write_page(reports, tmp_path / "page.html", "all", [], [])
+    check_harmless(Page(tmp_path / "page.html"))
 
 
 def test_under_drift_the_population_that_counts_is_the_one_evaluated() -> None:
