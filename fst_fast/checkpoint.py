@@ -1,19 +1,22 @@
 """Atomic checkpoints of everything a run needs to go on: weights, optimizer, and the loop's state.
 
-A checkpoint is a folder written under a temporary name, fsynced and renamed. Its manifest, written last, holds a
-checksum of every file: a folder that does not match is passed over for the one before.
+A checkpoint is a folder written under a temporary name, fsynced and renamed: `trainer/` (torch.distributed.checkpoint:
+masters and moments, read back on any number of ranks), `model/` (a Hugging Face folder), `state.json`. Its manifest,
+written last, holds a checksum of every file: a folder that does not match is passed over for the one before.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,44 +26,127 @@ import torch
 from fst_fast.errors import UserError
 from fst_fast.files import DISK_FULL, sync_directory, write_atomic
 from fst_fast.model import Model
+from fst_fast.ranks import Ranks
 from fst_fast.slow.policy import Policy
 
+SOME_SPACE = 1 << 20  # bytes; with less left, a write that failed found the disk full
 
-def save(run_dir: Path, policy: Policy, state: dict[str, Any], *, keep: int) -> Path:
-    """Write checkpoints/step-NNNNNN and drop all but the newest `keep`. `state` is plain JSON and holds "step"."""
+
+class Saver:
+    """Writes a run's checkpoints. Beside a GPU this happens in a thread, from copies in host memory, while the run goes
+    on; what fails there is raised by the next `save` or `settle`."""
+
+    def __init__(self, run_dir: Path, ranks: Ranks, *, keep: int, background: bool):
+        self.run_dir, self.keep = run_dir, keep
+        self._ranks, self._thread = ranks, ThreadPoolExecutor(1) if background else None
+        self._pending: Future[Path] | None = None
+
+    def save(self, policy: Policy, state: dict[str, Any]) -> None:
+        """Write checkpoints/step-NNNNNN and drop all but the newest `keep`. `state` is plain JSON and holds "step"."""
+        self.settle()
+        ranks, trained = self._ranks, policy.state_dict()
+        weights = _export(policy.model, ranks) if policy.model.sharded or self._thread else None
+        if self._thread is None:
+            save(self.run_dir, policy.model, trained, state, weights, ranks, keep=self.keep)
+            return
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        trained = BlockingAsyncStager().stage(trained)
+        self._pending = self._thread.submit(
+            save, self.run_dir, policy.model, trained, state, weights, ranks.beside(), keep=self.keep
+        )
+
+    def settle(self) -> None:
+        """Until the last checkpoint is on disk."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+
+def save(
+    run_dir: Path,
+    model: Model,
+    trained: dict[str, Any],
+    state: dict[str, Any],
+    weights: Mapping[str, torch.Tensor] | None,
+    ranks: Ranks,
+    *,
+    keep: int,
+) -> Path:
+    """One checkpoint: `trained` is the policy's state_dict, `weights` what to export where the model's own are sharded
+    or may change meanwhile."""
     root = run_dir / "checkpoints"
-    root.mkdir(exist_ok=True)
     final = root / f"step-{state['step']:06d}"
     temporary = root / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_model(policy.model, temporary / "model")
-        buffer = io.BytesIO()
-        torch.save(policy.state_dict(), buffer)
-        (temporary / "optimizer.pt").write_bytes(buffer.getvalue())
-        (temporary / "state.json").write_text(json.dumps(state))
-        manifest = {}
-        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            with open(file, "rb+") as handle:
-                manifest[str(file.relative_to(temporary))] = hashlib.file_digest(handle, "sha256").hexdigest()
-                os.fsync(handle.fileno())
-        sync_directory(temporary / "model")
-        write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        sync_directory(root)
+        if ranks.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        ranks.wait()
+        _write(temporary / "trainer", trained, ranks)
+        if ranks.main:
+            save_model(model, temporary / "model", weights)
+            (temporary / "state.json").write_text(json.dumps(state))
+        files = [p for p in temporary.rglob("*") if p.is_file() and _writer(p) == ranks.rank]
+        manifest = dict(sorted(ranks.join([(str(p.relative_to(temporary)), _sealed(p)) for p in files])))
+        if ranks.main:
+            for folder in ("model", "trainer"):
+                sync_directory(temporary / folder)
+            write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+            sync_directory(root)
+            for old in folders(run_dir)[keep:]:
+                shutil.rmtree(old, ignore_errors=True)
+        ranks.wait()
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in folders(run_dir)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def save_model(model: Model, folder: Path) -> None:
-    """A Hugging Face folder of its own: loads anywhere."""
+def _write(folder: Path, trained: dict[str, Any], ranks: Ranks) -> None:
+    """This rank's shards, in one file."""
+    import torch.distributed.checkpoint as dcp
+
+    writer, group = dcp.FileSystemWriter(folder, sync_files=False), ranks.group
+    with _plain_errors(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process
+        dcp.save(trained, storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+def _writer(file: Path) -> int:
+    """Rank that wrote a file of a checkpoint: shards are named after theirs, __RANK_N.distcp, the rest is rank 0's."""
+    shard = re.fullmatch(r"__(\d+)_\d+\.distcp", file.name)
+    return int(shard[1]) if shard else 0
+
+
+def _sealed(file: Path) -> str:
+    """SHA-256 of a file that is safe on disk."""
+    with open(file, "rb+") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        os.fsync(handle.fileno())
+    return digest
+
+
+def _export(model: Model, ranks: Ranks) -> dict[str, torch.Tensor] | None:
+    """All weights in host memory, on rank 0."""
+    found = {name: w.to("cpu", copy=True) if ranks.main else None for name, w in model.weights()}
+    return {name: w for name, w in found.items() if w is not None} or None
+
+
+def save_model(model: Model, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """A Hugging Face folder of its own: loads anywhere. `weights` replace the model's own."""
+    lm = model.lm
+    if weights is not None:  # a model without memory gives the format: type, ties, names
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(model.lm.config, dtype=model.dtype)
+        lm.generation_config = model.lm.generation_config
     try:
-        model.lm.save_pretrained(folder)
+        lm.save_pretrained(folder, state_dict=weights)
         model.tokenizer.save_pretrained(folder)
     except Exception as error:  # safetensors and tokenizers hide what the system said in types of their own
         code = re.search(r"\(os error (\d+)\)", str(error))
@@ -75,22 +161,28 @@ def folders(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
 
 
-def latest(run_dir: Path) -> Path | None:
+def latest(run_dir: Path, ranks: Ranks | None = None) -> Path | None:
     """The newest checkpoint whose files match its manifest; None when none was written yet.
 
     UserError when there are some and none is good: to start over would destroy what is left of the run.
     """
-    found = folders(run_dir)
-    good = next((folder for folder in found if intact(folder)), None)
+    ranks = ranks or Ranks()
+    found = ranks.first(lambda: folders(run_dir))
+    good = next((folder for folder in found if intact(folder, ranks)), None)
     if found and not good:
         raise UserError(f"run_dir: no checkpoint of {run_dir} is intact any more; start again in another run_dir")
     return good
 
 
-def intact(folder: Path) -> bool:
+def intact(folder: Path, ranks: Ranks) -> bool:
+    """Each rank reads a part of the files."""
+    return all(ranks.join([_intact(folder, ranks)]))
+
+
+def _intact(folder: Path, ranks: Ranks) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name, digest in manifest.items():
+        for name, digest in ranks.share(list(manifest.items())):
             with open(folder / name, "rb") as handle:
                 if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
                     return False
@@ -103,18 +195,32 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def load_policy(folder: Path, policy: Policy) -> None:
-    """Weights and optimizer of a checkpoint into `policy`, bit for bit."""
-    load_weights(folder, policy.model)
-    policy.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location=policy.model.device))
+def load_policy(folder: Path, policy: Policy, ranks: Ranks | None = None) -> None:
+    """Weights and optimizer of a checkpoint into `policy`, bit for bit, whatever the number of ranks that saved it."""
+    import torch.distributed.checkpoint as dcp
+
+    trained, group = policy.state_dict(), ranks.group if ranks else None
+    with torch.no_grad(), _plain_errors(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process
+        dcp.load(trained, checkpoint_id=folder / "trainer", process_group=group, no_dist=group is None)
+    policy.load_state_dict(trained)
 
 
-def load_weights(folder: Path, model: Model) -> None:
-    """The weights of a checkpoint into a model of the same architecture."""
-    from transformers import AutoModelForCausalLM
+@contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """torch.distributed.checkpoint wraps what went wrong on any rank, and torch.save what the system said: here it is
+    itself again."""
+    from torch.distributed.checkpoint import CheckpointException
 
-    saved = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=model.lm.dtype)
-    model.lm.load_state_dict(saved.state_dict())
+    try:
+        yield
+    except CheckpointException as error:
+        cause: BaseException = next(iter(error.failures.values()))[0]
+        if isinstance(cause.__context__, OSError):
+            cause = cause.__context__
+        elif shutil.disk_usage(folder).free < SOME_SPACE:  # it came from another process, without its context
+            cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        raise cause from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import threading
 import tomllib
@@ -17,6 +18,8 @@ import tyro
 from fst_fast.config import MODES, PRESETS, Config, check, from_dict, preset
 from fst_fast.errors import EngineError, UserError
 from fst_fast.files import DISK_FULL
+from fst_fast.launch import QUIET, record
+from fst_fast.ranks import launched
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,11 @@ class TrainCommand:
     config_file: str = ""
     """TOML file with any of the fields below, e.g. the config.toml of another run; flags override it."""
     resume: str = ""
-    """Run directory to continue exactly where its last checkpoint stands; no other flag is allowed with it."""
+    """Run directory to continue exactly where its last checkpoint stands; of the other flags only --ranks goes with
+    it."""
+    ranks: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    """Processes that train together, each with an engine and a share of the work; 0 = one per GPU, 1 without any. Not
+    part of the run: it can be resumed on another number. Under torchrun its processes are the ranks."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -42,14 +49,18 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--mode", "--config-file", "--model.path", "--resume"):
         early.add_argument(name, default="")
+    early.add_argument("--ranks", default=0, type=_rank_count)
     try:
-        known, _ = early.parse_known_args(list(argv))
+        known, others = early.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     if any(word.startswith("--resume") for word in argv):
-        if len(argv) > 2 or not known.resume:
-            raise UserError("--resume takes a run directory and no other flag: a run goes on as it was configured")
-        return TrainCommand(resume=known.resume)
+        defaults = (known.preset, known.mode, known.config_file, getattr(known, "model.path"))
+        if others or any(defaults) or not known.resume:
+            raise UserError(
+                "--resume takes a run directory and no other flag but --ranks: a run goes on as it was configured"
+            )
+        return TrainCommand(resume=known.resume, ranks=known.ranks)
     data = read_toml(known.config_file) if known.config_file else {}
     data.pop("run_dir", None)  # of the run whose config.toml it is
     mode = known.mode or data.get("mode", "fst")
@@ -71,6 +82,12 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         prog="python -m fst_fast.train",
         config=(tyro.conf.FlagConversionOff,),
     )
+
+
+def _rank_count(word: str) -> int:
+    if not (word.isdecimal() and len(word) < 5):
+        raise UserError(f"ranks = {word!r:.40}: must be a number of processes, 0 to 9999")
+    return int(word)
 
 
 def _flag(word: str) -> str:
@@ -113,23 +130,35 @@ def run(main: Callable[[list[str]], None]) -> None:
     threading.excepthook = _thread_error
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(_say(f"error: {error}", 2))
-    except FloatingPointError as error:
-        sys.exit(_say(f"error: {error}; start again with a smaller slow.lr", 2))
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            what = "no space left on the disk; make room, then --resume from the last checkpoint"
-        elif error.filename:
-            what = f"{error.filename}: {error.strerror}"
-        else:
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, code = _verdict(error)
+        if launched():
+            record(error, sentence, code)
+            if QUIET in os.environ:
+                sys.exit(code)
+        if not sentence:
             raise
-        sys.exit(_say(f"error: {what}", 2))
-    except EngineError as error:
-        traceback.print_exc()
-        sys.exit(_say(f"error: {error}; --resume continues from the last checkpoint", 1))
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted; --resume continues from the last checkpoint", 130))
+        if isinstance(error, EngineError):
+            traceback.print_exc()
+        sys.exit(_say(sentence, code))
+
+
+def _verdict(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, and the exit code; "" for one that is a fault of the program."""
+    match error:
+        case UserError():
+            return f"error: {error}", 2
+        case FloatingPointError():
+            return f"error: {error}; start again with a smaller slow.lr", 2
+        case OSError(errno=number) if number in DISK_FULL:
+            return "error: no space left on the disk; make room, then --resume from the last checkpoint", 2
+        case OSError(filename=str() | Path() as name):
+            return f"error: {name}: {error.strerror}", 2
+        case EngineError():
+            return f"error: {error}; --resume continues from the last checkpoint", 1
+        case KeyboardInterrupt():
+            return "interrupted; --resume continues from the last checkpoint", 130
+    return "", 1
 
 
 def _thread_error(args: threading.ExceptHookArgs) -> None:

@@ -162,6 +162,11 @@ class SlowConfig:
     """Coefficient of the exact KL to the base model; 0 skips the base model's forward pass."""
     entropy_coef: Amount = 0.0
     """Coefficient of the entropy bonus."""
+    recompute: Literal["off", "selective", "full"] = "off"
+    """Activation checkpointing: what a layer computed is kept for the backward pass (off), its matrix products and
+    attention are (selective), or only its input is and all else is computed again (full)."""
+    offload: bool = False
+    """Masters and optimizer state in host memory; sharded runs on GPUs only (a single GPU counts: --ranks 1)."""
 
 
 @dataclass(frozen=True)

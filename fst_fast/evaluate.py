@@ -23,11 +23,12 @@ from fst_fast.cli import read_config, run
 from fst_fast.config import EvalConfig, check
 from fst_fast.errors import UserError
 from fst_fast.model import Model
+from fst_fast.ranks import Ranks
 from fst_fast.records import Problem, Prompt, Rollout
 from fst_fast.rollout.collect import Ask, Collector
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.slow.learner import token_kl
-from fst_fast.slow.policy import micro_batches, response_hidden
+from fst_fast.slow.policy import micro_batches, padded_tokens, response_hidden, shared_batches
 from fst_fast.tasks import make_task
 from fst_fast.tasks.glyph import GlyphTask, instruction_cases
 from fst_fast.tasks.mixture import Mixture, parts_of
@@ -74,7 +75,7 @@ def evaluate(
             "reward_mean_prompt": mean(by_prompt[p.id] for p in population),
             "reward_per_slice": cross_fitted({p.id: scores[p.id] for p in population}, slices),
             "reward_seed": by_prompt[seed_prompt.id],
-            "kl": mean_kl(model, base, [r for r in own if r.sample == 0], micro_tokens),
+            "kl": mean_kl(model, base, [r for r in own if r.sample == 0], micro_tokens, collector.ranks),
             "entropy": mean(-lp for r in own for lp in r.logprobs),
         }
 
@@ -130,15 +131,17 @@ def cross_fitted(scores: Scores, slices: Mapping[str, str]) -> float:
 
 
 @torch.no_grad()
-def mean_kl(model: Model, base: Model, rollouts: Sequence[Rollout], micro_tokens: int) -> float:
+def mean_kl(model: Model, base: Model, rollouts: Sequence[Rollout], micro_tokens: int, ranks: Ranks) -> float:
     """Exact KL(π_train ‖ π_base) in nats, averaged over the response tokens of the policy's own rollouts."""
-    total, tokens = 0.0, 0
-    for indices in micro_batches(rollouts, micro_tokens):
+    sums = {"kl": 0.0, "tokens": 0}
+    for indices, counts in shared_batches(ranks, rollouts, micro_batches(rollouts, micro_tokens), padded_tokens):
         batch = [rollouts[i] for i in indices]
         kl = token_kl(model, response_hidden(model, batch), base, response_hidden(base, batch), batch)
-        total += float(kl.double().sum())
-        tokens += len(kl)
-    return total / tokens
+        if counts:
+            sums["kl"] += float(kl.double().sum())
+            sums["tokens"] += len(kl)
+    sums = ranks.total(sums)
+    return sums["kl"] / sums["tokens"]
 
 
 def mean(values: Any) -> float:

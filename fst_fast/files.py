@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -14,10 +15,15 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 class Appender:
     """Append-only text file. Opening cuts it back to `offset` bytes, the length its last checkpoint recorded.
 
-    UserError, and the file is left alone, when no line of it ends there.
+    UserError, and the file is left alone, when no line of it ends there. `dry`: the file is another rank's to write,
+    and what this one would is only counted.
     """
 
-    def __init__(self, path: Path, *, offset: int = 0):
+    def __init__(self, path: Path, *, offset: int = 0, dry: bool = False):
+        self.offset = offset
+        self._file: io.FileIO | None = None
+        if dry:
+            return
         if offset and not _line_ends_at(path, offset):
             raise UserError(
                 f"{path} is not the file this checkpoint knew: no line of it ends at byte {offset}; put the file back, "
@@ -26,21 +32,23 @@ class Appender:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
         self._file.truncate(offset)
-        self.offset = offset
 
     def write(self, text: str) -> None:
         """Hand `text` to the system. Lone surrogates, which hostile text can contain, are kept as escapes."""
         data = memoryview(text.encode("utf-8", errors="backslashreplace"))
         while data:
-            written = self._file.write(data)  # in part when the disk runs full; the next try raises
+            # in part when the disk runs full; the next try raises
+            written = self._file.write(data) if self._file else len(data)
             self.offset += written
             data = data[written:]
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

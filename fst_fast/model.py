@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ class Model:
     def __init__(self, lm: Any, tokenizer: Any, path: str, *, template_kwargs: dict[str, Any] | None = None):
         self.lm, self.tokenizer, self.path = lm, tokenizer, path
         self.config = lm.config.get_text_config()
+        self._dtype: torch.dtype = lm.dtype
         self.device = lm.device
         self.context: int = int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
         layer_types = getattr(self.config, "layer_types", None)
@@ -56,6 +57,7 @@ class Model:
             raise UserError(
                 f"model.path: {path} names no end token; set eos_token in its tokenizer or generation config"
             )
+        self.sharded = False  # over ranks: the parameters are DTensors, fp32 masters of what is computed with
         self._folds_system = False
         self._template_kwargs = template_kwargs or {}
         self._heads: dict[tuple[tuple[str, str], ...], tuple[int, ...]] = {}  # ids up to the last message's content
@@ -63,9 +65,26 @@ class Model:
         self._check_head()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of what is computed with, in training and in sampling."""
+        return self._dtype if self.sharded else self.lm.dtype
+
+    @property
     def head(self) -> Head:
+        """Of a sharded model with tensors that are DTensors."""
         out = self.lm.get_output_embeddings()
-        return Head(out.weight, out.bias, getattr(self.config, "final_logit_softcapping", None))
+        bias = None if out.bias is None else out.bias.to(self.device, self.dtype)
+        return Head(out.weight.to(self.device, self.dtype), bias, getattr(self.config, "final_logit_softcapping", None))
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and values of all parameters, in the type that is computed with, a tied one once.
+
+        Of a sharded model one after the other is gathered: all ranks go through them together, and none has room to
+        keep them.
+        """
+        for name, p in self.lm.named_parameters():
+            yield name, whole(p.detach().to(self.device, self.dtype))
 
     def hidden(self, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Final hidden states [B, T, H] (after the last norm) of token ids [B, T]."""
@@ -77,9 +96,9 @@ class Model:
         `head` can be the model's head in fp32 already: converting a bf16 one takes long for every token.
         """
         head = head or self.head
-        logits = hidden.float() @ head.weight.float().T
+        logits = hidden.float() @ whole(head.weight).float().T
         if head.bias is not None:
-            logits = logits + head.bias.float()
+            logits = logits + whole(head.bias).float()
         return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
     def encode_chat(self, messages: list[Message]) -> tuple[int, ...]:
@@ -177,9 +196,7 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    folder = Path(path or GLYPH_BASE)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path: {folder} is not a Hugging Face model folder (it has no config.json)")
+    folder = model_folder(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -255,6 +272,19 @@ def fuse_layers(lm: Any) -> bool:
             "norm off; install a version made for this transformers, or uninstall it"
         )
     return True
+
+
+def model_folder(path: str) -> Path:
+    """The folder that `model.path` names. UserError when it is none."""
+    folder = Path(path or GLYPH_BASE)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path: {folder} is not a Hugging Face model folder (it has no config.json)")
+    return folder
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A DTensor gathered from its ranks, which all ask for it; a plain tensor as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _common(a: Sequence[object], b: Sequence[object]) -> int:

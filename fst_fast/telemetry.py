@@ -7,7 +7,7 @@ import json
 import tomllib
 import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,8 @@ class Telemetry:
 
     `offset` and `step` come from the checkpoint a run resumes from (0, 0 for a new one): metrics.jsonl is cut there and
     TensorBoard hides what it has of later steps. The terminal gets a live display, anything else a line per evaluation
-    and evolution. UserError when wandb is asked for and missing, or metrics.jsonl does not fit `offset`.
+    and evolution. `dry`: nothing is written or said, rank 0 does. UserError when wandb is asked for and missing, or
+    metrics.jsonl does not fit `offset`.
     """
 
     def __init__(
@@ -42,13 +43,16 @@ class Telemetry:
         offset: int = 0,
         step: int = 0,
         console: Console | None = None,
+        dry: bool = False,
     ) -> None:
         from rich.console import Console
 
+        if dry:
+            config = replace(config, wandb=False, tensorboard=False, progress=False)
         wandb = _import_wandb() if config.wandb else None  # before any file is touched
         run_dir = Path(run_dir)
-        self.console = console or Console()
-        self._metrics = Appender(run_dir / "metrics.jsonl", offset=offset)
+        self.console = console or Console(quiet=dry)
+        self._metrics = Appender(run_dir / "metrics.jsonl", offset=offset, dry=dry)
         self._display = _Display(self.console, total_steps, step) if config.progress else None
         self._total = total_steps
         self._tensorboard = None

@@ -1,14 +1,15 @@
 """`python -m fst_fast.train`: the loop. Config in, run directory out.
 
 Every step: problems × prompts → rollouts → groups → one slow step. Every T steps before that: one GEPA cycle on the
-problems of the next T batches. Evaluation and checkpoints in between. Not here: several ranks (later parts replace
-pieces of this working system).
+problems of the next T batches. Evaluation and checkpoints in between. On several ranks (launch.py starts them) each
+runs this loop: what is sampled and learned is shared out below, and rank 0 alone writes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,9 @@ from fst_fast.fast.lineage import lineage, summary
 from fst_fast.fast.population import Member, distinct
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.files import Appender, write_atomic
-from fst_fast.model import load_model
+from fst_fast.launch import launch, workers
+from fst_fast.model import Model, load_model, model_folder
+from fst_fast.ranks import Ranks, joined
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
 from fst_fast.report import write_report
 from fst_fast.rollout import make_engine
@@ -44,6 +47,7 @@ from fst_fast.seeding import stream
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner, StepReport
 from fst_fast.slow.policy import Policy
+from fst_fast.slow.sharding import recompute, shard
 from fst_fast.state import State, fingerprint
 from fst_fast.tasks import make_task
 from fst_fast.tasks.task import Message, Task
@@ -60,14 +64,38 @@ def main(argv: Sequence[str]) -> None:
     else:
         config = command.config
         run_dir = Path(config.run_dir or f"runs/{config.mode}-{datetime.now():%Y%m%d-%H%M%S}")
-        config = replace(config, run_dir=str(run_dir), threads=config.threads or os.cpu_count() or 1)
-    train(config, run_dir, resume=bool(command.resume))
+    if count := workers(command.ranks, config):
+        check_all(config, run_dir, resume=bool(command.resume))
+        if code := launch(count, argv):
+            sys.exit(code)
+        return
+    with joined(config.model.device) as ranks:
+        run_dir = ranks.first(lambda: run_dir)  # it may have the time in its name
+        threads = config.threads or max(1, (os.cpu_count() or 1) // ranks.local)
+        config = replace(config, run_dir=config.run_dir if command.resume else str(run_dir), threads=threads)
+        train(config, run_dir, resume=bool(command.resume), ranks=ranks)
 
 
-def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
+def check_all(config: Config, run_dir: Path, *, resume: bool) -> None:
+    """UserError for what a launcher can see of bad input before it starts workers, which look at the weights too."""
+    check(config)
+    model_folder(config.model.path)
+    for stage in stages(config.stream):
+        make_task(stage.task, seed=config.seed, jsonl=config.jsonl)
+    check_empty(run_dir, resume=resume)
+
+
+def check_empty(run_dir: Path, *, resume: bool) -> None:
+    """UserError for a new run in a directory that has something in it."""
+    if not resume and run_dir.exists() and any(not p.name.startswith(".") for p in run_dir.iterdir()):
+        raise UserError(f"run_dir: {run_dir} is not empty; choose another, or continue it with --resume {run_dir}")
+
+
+def train(config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks | None = None) -> None:
     """One run from its configuration (or its last checkpoint) to its report."""
-    trainer = Trainer(config, run_dir)  # bad input is refused here, before anything is written
-    with checkpoint.locked(run_dir):
+    ranks = ranks or Ranks()
+    trainer = Trainer(config, run_dir, ranks)  # bad input is refused here, before anything is written
+    with checkpoint.locked(run_dir) if ranks.main else nullcontext():
         with trainer.open(resume=resume):
             for stage in trainer.stages:
                 trainer.enter(stage)
@@ -82,8 +110,9 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
                 if stage.index >= trainer.state.ended_stages:
                     trainer.finish_stage()
             trainer.finish()
-        write_report([run_dir], run_dir / "report.html")
-        print_summary(run_dir)
+        if ranks.main:
+            write_report([run_dir], run_dir / "report.html")
+            print_summary(run_dir)
 
 
 @dataclass(frozen=True)
@@ -98,10 +127,10 @@ class Batch:
 class Trainer:
     """The verbs of the loop, over the parts of a run and its state."""
 
-    def __init__(self, config: Config, run_dir: Path):
+    def __init__(self, config: Config, run_dir: Path, ranks: Ranks | None = None):
         check(config)
         torch.set_num_threads(config.threads)
-        self.config, self.run_dir = config, run_dir
+        self.config, self.run_dir, self.ranks = config, run_dir, ranks or Ranks()
         self.stages = stages(config.stream)
         self.tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl, data=config.data) for s in self.stages]
         size = config.rollout.problems
@@ -116,13 +145,17 @@ class Trainer:
         self.base.lm.requires_grad_(False)
         self.longest = [longest_problem(self.model, t) for t in self.tasks]
         self._check_context()
+        self.inputs = fingerprint(self.tasks, self.base)
+        recompute(self.model, config.slow.recompute)
+        replica = self._shard() if self.ranks.mesh else None
         self.policy = Policy(self.model, config.slow)
-        self.learner = Learner(self.policy, self.base, config.slow)
-        self.engine = make_engine(config.rollout, self.model)
+        self.learner = Learner(self.policy, self.base, config.slow, self.ranks)
+        self.engine = make_engine(config.rollout, self.model, replica=replica)
+        background = self.model.device.type == "cuda"
+        self.saver = checkpoint.Saver(run_dir, self.ranks, keep=config.keep_checkpoints, background=background)
         check_engine(self.engine, self.model)
         self.checked_update = False
         self.state = State(best=Prompt(self.tasks[0].seed_prompt))
-        self.inputs = fingerprint(self.tasks, self.base)
         self.saved = -1  # step of the newest checkpoint
         self.ahead: Batch | None = None  # the next step's
 
@@ -130,25 +163,28 @@ class Trainer:
 
     def open(self, *, resume: bool) -> AbstractContextManager[object]:
         """Start the run directory, or go back to its last good checkpoint; a run that was complete stays as it is."""
-        config, run_dir = self.config, self.run_dir
-        if not resume and any(not p.name.startswith(".") for p in run_dir.iterdir()):
-            raise UserError(f"run_dir: {run_dir} is not empty; choose another, or continue it with --resume {run_dir}")
+        config, run_dir, dry = self.config, self.run_dir, not self.ranks.main
+        self.ranks.first(lambda: check_empty(run_dir, resume=resume))
         self.reflectors = [
-            make_reflector(config.fast, config.reflector, t, self._generate) if config.mode != "rl" else None
+            make_reflector(config.fast, config.reflector, t, self._generate, self.ranks)
+            if config.mode != "rl"
+            else None
             for t in self.tasks
         ]
         if not resume:
-            write_atomic(run_dir / "config.toml", to_toml(config).encode())
+            self.ranks.first(lambda: write_atomic(run_dir / "config.toml", to_toml(config).encode()))
         offsets = self.restore() if resume else {}
         if self.state.complete:
             return nullcontext()
         at = offsets.get
-        self.telemetry = Telemetry(run_dir, config, self.stages[-1].end, offset=at("metrics", 0), step=self.state.step)
-        self.lineage = Appender(run_dir / "population.jsonl", offset=at("population", 0))
-        self.store = RolloutStore(run_dir, offset=at("rollouts", 0), count=at("rollout_count", 0))
+        steps, step = self.stages[-1].end, self.state.step
+        self.telemetry = Telemetry(run_dir, config, steps, offset=at("metrics", 0), step=step, dry=dry)
+        self.lineage = Appender(run_dir / "population.jsonl", offset=at("population", 0), dry=dry)
+        self.store = RolloutStore(run_dir, offset=at("rollouts", 0), count=at("rollout_count", 0), dry=dry)
         if self._reuses:
             problems = {p.id: p for t in self.tasks for p in t.train}
-            self.store.read_back(problems, start=self.state.reused.start)
+            start = self.state.reused.start
+            self.store.scored = self.ranks.first(lambda: self.store.read_back(problems, start=start))
         self.serve(self.store)
         if resume:
             self.telemetry.log(f"resumed {run_dir} at step {self.state.step}")
@@ -157,16 +193,16 @@ class Trainer:
     def restore(self) -> dict[str, int]:
         """Weights, optimizer and state of the newest good checkpoint; returns the lengths of the run's logs there,
         {} when there is no checkpoint yet."""
-        folder = checkpoint.latest(self.run_dir)
+        folder = checkpoint.latest(self.run_dir, self.ranks)
         if folder is None:
             return {}
-        saved = checkpoint.read_state(folder)
+        saved = self.ranks.first(lambda: checkpoint.read_state(folder))
         if saved["inputs"] != self.inputs:
             raise UserError(
                 f"resume: the problems or the base model of {self.run_dir} are not those it was begun with; put the "
                 "old ones back, or start a new run"
             )
-        checkpoint.load_policy(folder, self.policy)
+        checkpoint.load_policy(folder, self.policy, self.ranks)
         self.state = State.from_dict(saved)
         self.saved = self.state.step
         return saved["offsets"]
@@ -175,7 +211,8 @@ class Trainer:
         """Open the door to rollouts by the present weights."""
         sampling = SamplingParams(self.config.rollout.temperature, self.config.rollout.max_new_tokens)
         scheduler = Scheduler([self.engine], lookahead=self.config.rollout.lookahead)
-        self.collector = Collector(self.model, scheduler, store, self.state.totals, sampling, self.config.seed)
+        totals, seed = self.state.totals, self.config.seed
+        self.collector = Collector(self.model, scheduler, store, totals, sampling, seed, self.ranks)
         self.engine.load_weights(self.model, self.state.step)
 
     def save(self) -> None:
@@ -191,7 +228,7 @@ class Trainer:
             "rollout_count": self.store.count,
         }
         state = {**self.state.to_dict(), "inputs": self.inputs, "offsets": offsets}
-        checkpoint.save(self.run_dir, self.policy, state, keep=self.config.keep_checkpoints)
+        self.saver.save(self.policy, state)
         self.saved = self.state.step
 
     # -------------------------------------------------------------------------------------------------- the verbs
@@ -305,8 +342,12 @@ class Trainer:
         self.collector.engine.load_weights(self.model, self.state.step)  # what was asked ahead goes on with them
         tokens = sum(len(r.response_ids) for r in rollouts)
         fresh = [r for r in rollouts if r.purpose == "rl"]
-        prompt_tokens = self.engine.stats.prompt_tokens - before.prompt_tokens
-        computed = self.engine.stats.computed_prompt_tokens - before.computed_prompt_tokens
+        prompts = self.ranks.total(
+            {
+                "asked": self.engine.stats.prompt_tokens - before.prompt_tokens,
+                "computed": self.engine.stats.computed_prompt_tokens - before.computed_prompt_tokens,
+            }
+        )
         now = time.monotonic()
         record: dict[str, Any] = {"kind": "step", **self._where()}
         if rollouts:
@@ -319,8 +360,8 @@ class Trainer:
                 # the mean surprise of sampled tokens is an unbiased estimate of the policy's entropy per token
                 "entropy": -sum(lp for r in rollouts for lp in r.logprobs) / tokens,
                 "response_tokens": tokens / len(rollouts),
-                "prompt_tokens": prompt_tokens,
-                "cached_prompt_tokens": prompt_tokens - computed,
+                "prompt_tokens": prompts["asked"],
+                "cached_prompt_tokens": prompts["asked"] - prompts["computed"],
                 **version_metrics(rollouts, self.state.step - 1),
             }
         if self._reuses:
@@ -385,13 +426,23 @@ class Trainer:
         """The run's last line and checkpoint. A run that was complete before stays as it is."""
         if self.state.complete:
             return
-        levels = read_run(self.run_dir).levels()
+        levels = self.ranks.first(lambda: read_run(self.run_dir).levels())
         reflection = asdict(self.state.reflection)
         self.telemetry.write({"kind": "end", "step": self.state.step, "levels": levels, "reflection": reflection})
         self.state.complete = True
         self.save()
+        self.saver.settle()
 
     # --------------------------------------------------------------------------------------------------- helpers
+
+    def _shard(self) -> Model | None:
+        """Shard the weights that are trained and those they began as; a whole copy for the embedded engine."""
+        loading = {k: v for k, v in asdict(self.config.model).items() if k != "path"}
+        embedded = self.config.rollout.engine == "torch"
+        replica = load_model(self.config.model.path, **loading) if embedded else None
+        for model in (self.model, self.base):
+            shard(model, self.ranks, offload=self.config.slow.offload)
+        return replica
 
     @property
     def _reuses(self) -> bool:

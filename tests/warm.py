@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,12 +46,14 @@ class Warm:
             cwd=Path(__file__).parents[1],
         )
 
-    def run(self, *argv: object, kill: Kill | float | None = None) -> Ended:
-        """The ended run; `kill` is a place or a number of seconds."""
+    def run(self, *argv: object, kill: Kill | float | None = None, ranks: int = 1, nodes: int = 1) -> Ended:
+        """The ended run; `kill` is a place or a number of seconds. More than one rank, spread over `nodes`: as
+        torchrun would start them, and the code and the last words are those of the first that failed."""
         log = self._folder / "stderr"
         assert self._server.stdin
         assert self._server.stdout
-        self._server.stdin.write(json.dumps({"argv": list(map(str, argv)), "kill": kill, "log": str(log)}) + "\n")
+        request = {"argv": list(map(str, argv)), "kill": kill, "log": str(log), "ranks": ranks, "nodes": nodes}
+        self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         code = int(self._server.stdout.readline())
         return Ended(code, log.read_text())
@@ -68,6 +71,11 @@ def serve() -> None:
     load_model("")  # imports the model's code
     for line in sys.stdin:
         request = json.loads(line)
+        with open(request["log"], "wb"):  # emptied
+            pass
+        if request["ranks"] > 1:
+            print(_run_ranks(request), flush=True)
+            continue
         child = os.fork()
         if not child:
             _run(request["argv"], request["kill"], request["log"])
@@ -78,8 +86,32 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
+def _run_ranks(request: dict[str, Any]) -> int:
+    """Exit code of the first rank that failed, 0 if none did."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children, size, node = set(), request["ranks"], request["ranks"] // request["nodes"]
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+            os.environ |= {"WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % node), "LOCAL_WORLD_SIZE": str(node)}
+            _run(request["argv"], None, request["log"])
+        children.add(child)
+    code = 0
+    while children:
+        child, status = os.wait()
+        children.discard(child)
+        if status and not code:
+            code = os.waitstatus_to_exitcode(status)
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return code
+
+
 def _run(argv: Sequence[str], kill: Sequence[Any] | float | None, log: str) -> NoReturn:
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(0, 1)
     from fst_fast.cli import run

@@ -9,6 +9,7 @@ from fst_fast.errors import UserError
 from fst_fast.fast.phrasebook import PhrasebookReflector
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage, Reflector
 from fst_fast.fast.template import Pose, instruction, parse
+from fst_fast.ranks import Ranks
 from fst_fast.records import Answer, Problem
 from fst_fast.tasks.task import Message, Task
 
@@ -17,9 +18,13 @@ Generate = Callable[[Sequence[list[Message]]], list[Answer]]
 
 
 def make_reflector(
-    fast: FastConfig, reflector: ReflectorConfig, task: Task, generate: Generate | None = None
+    fast: FastConfig,
+    reflector: ReflectorConfig,
+    task: Task,
+    generate: Generate | None = None,
+    ranks: Ranks | None = None,
 ) -> Reflector:
-    """The reflector named by `fast.reflector`, for `task`. `generate` serves "policy" only.
+    """The reflector named by `fast.reflector`, for `task`. `generate` serves "policy" only, `ranks` "openai".
 
     Raises:
         UserError: the task has no phrase book, or the endpoint no key.
@@ -38,9 +43,25 @@ def make_reflector(
     if fast.reflector == "openai":
         from fst_fast.fast.endpoint import EndpointReflector
 
-        return EndpointReflector(reflector, pose, fast.max_prompt_chars)
+        return OnFirstRank(EndpointReflector(reflector, pose, fast.max_prompt_chars), ranks or Ranks())
     assert generate is not None, "the policy reflector needs the engine"
     return PolicyReflector(generate, pose, fast.max_prompt_chars, reflector.max_trace_chars)
+
+
+class OnFirstRank:
+    """A reflector that rank 0 asks, for all: its calls cost money."""
+
+    def __init__(self, inner: Reflector, ranks: Ranks):
+        self._inner, self._ranks = inner, ranks
+        self.name, self.label, self.usage = inner.name, inner.label, inner.usage
+
+    def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
+        def ask() -> tuple[list[Reflection], ReflectionUsage]:
+            self._inner.usage = self.usage
+            return self._inner.reflect(requests), self._inner.usage
+
+        answers, self.usage = self._ranks.first(ask)
+        return answers
 
 
 class PolicyReflector:

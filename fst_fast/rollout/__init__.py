@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from fst_fast.rollout.engine import RolloutEngine
 
 
-def make_engine(config: RolloutConfig, model: Model) -> RolloutEngine:
-    """The engine that `rollout.engine` names, with the model's weights; UserError when it cannot serve the model."""
+def make_engine(config: RolloutConfig, model: Model, *, replica: Model | None = None) -> RolloutEngine:
+    """The engine that `rollout.engine` names, with the model's weights; UserError when it cannot serve the model.
+
+    `replica`: a whole model for the embedded engine to copy the weights to, when `model` is sharded.
+    """
     if config.engine == "torch":
         from fst_fast.rollout.torch_engine import TorchEngine
 
-        return TorchEngine(model, max_batch=config.max_batch)
+        return TorchEngine(model, max_batch=config.max_batch, replica=replica)
     from fst_fast.rollout.vllm_engine import VllmEngine
 
     engine = VllmEngine(model, max_batch=config.max_batch, gpu_memory=config.gpu_memory)

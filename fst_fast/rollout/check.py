@@ -30,7 +30,7 @@ def check_engine(engine: RolloutEngine, model: Model) -> None:
         error = max(_worst_error(model, prompts[c.id], c) for c in done)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as problem:
         raise UserError(f"model.path: the {engine.name} engine cannot sample from {model.path}: {problem}") from problem
-    if not error < (1e-3 if model.lm.dtype == torch.float32 else 0.2):
+    if not error < (1e-3 if model.dtype == torch.float32 else 0.2):
         raise UserError(
             f"model.path: {model.path}: the {engine.name} engine's log-probs are off by {error:.2g} from the model's "
             "own forward pass: it has other weights or another architecture; Qwen3, Llama, Mistral and Gemma work"

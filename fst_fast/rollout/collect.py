@@ -10,6 +10,7 @@ from typing import Any
 
 from fst_fast.errors import EngineError
 from fst_fast.model import Model
+from fst_fast.ranks import Ranks
 from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams, Verdict
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.reuse import RolloutStore
@@ -39,7 +40,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Rollouts under way: what `Collector.submit` gives, and `Collector.finish` takes once."""
+    """This rank's rollouts under way: what `Collector.submit` gives, and `Collector.finish` takes once."""
 
     task: Task
     asks: list[Ask]
@@ -51,7 +52,10 @@ class Asked:
 
 
 class Collector:
-    """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one."""
+    """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one.
+
+    Every rank is asked for the same, samples its share with an engine of its own, and returns it all.
+    """
 
     def __init__(
         self,
@@ -61,9 +65,10 @@ class Collector:
         totals: Totals,
         sampling: SamplingParams,
         seed: int,
+        ranks: Ranks | None = None,
     ):
         self.model, self.engine, self.store, self.totals = model, engine, store, totals
-        self.sampling, self._seed = sampling, seed
+        self.sampling, self._seed, self.ranks = sampling, seed, ranks or Ranks()
         self._ids = count()
         self._done: dict[int, Completion] = {}  # finished, and not yet asked for
 
@@ -95,7 +100,7 @@ class Collector:
         may begin; what is not finished when those are loaded is finished by them."""
         version = self.engine.policy_version
         encoded: dict[tuple[str, str], tuple[int, ...]] = {}  # a chat template is applied once per (prompt, problem)
-        requests = []
+        requests, asks = [], self.ranks.share(asks)
         for ask in asks:
             pair = (ask.prompt.text, ask.problem.id)
             if pair not in encoded:
@@ -105,8 +110,9 @@ class Collector:
             requests.append(
                 Request(next(self._ids), encoded[pair], self.sampling, seed, priority, version + ahead, ask.problem.id)
             )
-        self.engine.submit(requests)
-        return Asked(task, list(asks), requests, purpose, step, scoring, range(version, version + ahead + 1))
+        if requests:
+            self.engine.submit(requests)
+        return Asked(task, asks, requests, purpose, step, scoring, range(version, version + ahead + 1))
 
     def finish(self, asked: Asked) -> list[Rollout]:
         """One rollout per ask, in their order, when all of them are done."""
@@ -115,9 +121,10 @@ class Collector:
             raise EngineError(f"rollouts for weights {asked.versions} were sampled by weights {min(strangers)}")
         responses = [self.model.decode(c.response_ids) for c in done]
         said = verdicts(asked.task, [(ask.problem, r) for ask, r in zip(asked.asks, responses, strict=True)])
-        rollouts = [
+        own = [
             self._rollout(asked, *one) for one in zip(asked.asks, asked.requests, done, responses, said, strict=True)
         ]
+        rollouts = self.ranks.join(own)
         self.store.add(rollouts, step=asked.step)
         self._count(rollouts, asked.purpose)
         return rollouts
@@ -134,11 +141,12 @@ class Collector:
             Request(
                 next(self._ids), self.model.encode_chat(messages), sampling, derive(self._seed, "complete", *key, i)
             )
-            for i, messages in enumerate(conversations)
+            for i, messages in self.ranks.share(list(enumerate(conversations)))
         ]
         room = self.model.context - sampling.max_new_tokens
         fitting = [r for r in requests if len(r.prompt_ids) <= room]
-        self.engine.submit(fitting)
+        if fitting:
+            self.engine.submit(fitting)
         done = {c.id: c for c in self._drain(fitting)}
 
         def answer(r: Request) -> Answer:
@@ -148,7 +156,7 @@ class Collector:
             fault = "" if c.finish_reason == "stop" else f"cut off at {len(c.response_ids)} tokens"
             return Answer(self.model.decode(c.response_ids), fault, len(r.prompt_ids), len(c.response_ids))
 
-        return [answer(r) for r in requests]
+        return self.ranks.join([answer(r) for r in requests])
 
     def _drain(self, requests: list[Request]) -> list[Completion]:
         """Of these requests, in their order; what else finishes on the way is kept for those who asked."""

@@ -29,14 +29,15 @@ MIN_ESS = 0.3  # of the sequences taken; below it the cap is halved
 
 
 class RolloutStore:
-    """`rollouts/rollouts.jsonl` of a run directory. A resumed run cuts it back to its checkpoint's `offset`.
+    """`rollouts/rollouts.jsonl` of a run directory. A resumed run cuts it back to its checkpoint's `offset`. `dry`:
+    rank 0 alone writes it.
 
     `scored` holds what scored prompts in the present cycle, by number in the file.
     """
 
-    def __init__(self, run_dir: Path, *, offset: int = 0, count: int = 0):
+    def __init__(self, run_dir: Path, *, offset: int = 0, count: int = 0, dry: bool = False):
         self.path = run_dir / "rollouts" / "rollouts.jsonl"
-        self._file = Appender(self.path, offset=offset)
+        self._file = Appender(self.path, offset=offset, dry=dry)
         self.count = count
         self.scored: dict[int, Rollout] = {}
 
@@ -59,8 +60,9 @@ class RolloutStore:
         """A new cycle begins: what was scored in the last one is too old."""
         self.scored.clear()
 
-    def read_back(self, problems: Mapping[str, Problem], *, start: int) -> None:
-        """Fill `scored` from the file, from byte `start` on. UserError for a line that is not what was written."""
+    def read_back(self, problems: Mapping[str, Problem], *, start: int) -> dict[int, Rollout]:
+        """Fill `scored`, which is returned, from the file, from byte `start` on. UserError for a line that is not what
+        was written."""
         with open(self.path, "rb") as file:
             file.seek(start)
             for line in file:
@@ -72,6 +74,7 @@ class RolloutStore:
                     )
                 if record["scoring"]:
                     self.scored[record["id"]] = _rollout(record, problems[record["problem_id"]])
+        return self.scored
 
     def sync(self) -> None:
         self._file.sync()

@@ -35,14 +35,17 @@ class Running:
 
 
 class TorchEngine:
-    """RolloutEngine on a transformers causal LM with full and sliding-window attention."""
+    """RolloutEngine on a transformers causal LM with full and sliding-window attention.
+
+    `replica`: where the weights are copied to, if the models that it serves are sharded over ranks.
+    """
 
     name, version = "torch", f"{torch.__version__}"
     cache_tokens = None
 
-    def __init__(self, model: Model, *, max_batch: int = 256):
+    def __init__(self, model: Model, *, max_batch: int = 256, replica: Model | None = None):
         self.stats = EngineStats()
-        self.max_batch = max_batch
+        self.max_batch, self._replica = max_batch, replica
         self._waiting: deque[Request] = deque()
         self._running: list[Running] = []
         self.load_weights(model, 0)
@@ -54,6 +57,8 @@ class TorchEngine:
     def load_weights(self, model: Model, version: int) -> None:
         if self.busy:
             raise RuntimeError("load_weights on a busy engine: drain or abort its requests first")
+        if self._replica is not None:
+            model = _copied(model, self._replica)
         self.model, self.policy_version = model, version
         self._kv: KVBlock | None = None
         self._last: torch.Tensor | None = None  # [rows, H] hidden state each row samples its next token from
@@ -187,6 +192,14 @@ class TorchEngine:
         self._last = self._kv.extend(self.model, [(r.ids[-1],) for r in self._running])
 
 
+@torch.no_grad()
+def _copied(model: Model, replica: Model) -> Model:
+    """`replica` with the weights of `model`; no second copy of them exists on the way."""
+    for (_, new), p in zip(model.weights(), replica.lm.parameters(), strict=True):
+        p.copy_(new)
+    return replica
+
+
 class KVBlock:
     """Keys and values of a batch of rows in common columns. `valid` [rows, columns] says which columns hold a row's own
     tokens: rows of different lengths leave holes, and the attention mask skips them."""
@@ -251,8 +264,8 @@ class KVBlock:
 
 def additive(mask: torch.Tensor, model: Model) -> torch.Tensor:
     """Boolean mask [rows, queries, columns] → additive mask [rows, 1, queries, columns] as transformers takes it."""
-    low = torch.finfo(model.lm.dtype).min
-    return torch.zeros(mask.shape, dtype=model.lm.dtype, device=mask.device).masked_fill_(~mask, low)[:, None]
+    low = torch.finfo(model.dtype).min
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, low)[:, None]
 
 
 class InPlaceCache(Cache):

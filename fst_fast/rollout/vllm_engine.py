@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 
 from fst_fast.errors import UserError
 from fst_fast.model import Model
+from fst_fast.ranks import launched
 from fst_fast.records import FinishReason
 from fst_fast.rollout.engine import Completion, EngineStats, Request, check_lengths
 
@@ -59,12 +60,14 @@ class VllmEngine:
             place = {"enforce_eager": True, "block_size": CPU_BLOCK, "kv_cache_memory_bytes": kv_bytes}
         else:
             place = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True}
+        if launched():  # an engine a rank, among process groups that exist already
+            place["distributed_executor_backend"] = "external_launcher"
         try:
             self._llm: Any = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=model.path,
                     load_format="dummy",
-                    dtype=str(model.lm.dtype).removeprefix("torch."),
+                    dtype=str(model.dtype).removeprefix("torch."),
                     max_model_len=model.context,
                     max_num_seqs=max_batch,
                     skip_tokenizer_init=True,  # token ids in, token ids out
@@ -144,7 +147,7 @@ class VllmEngine:
         if self._state == "asleep":
             raise RuntimeError("load_weights on an engine that is asleep: wake it first")
         self._state = "without weights"  # should anything below fail
-        [missing] = self._llm.apply_model(lambda network: _load(network, _weights(model), self._llm.model_config))
+        [missing] = self._llm.apply_model(lambda network: _load(network, model.weights(), self._llm.model_config))
         if missing:
             raise RuntimeError(f"{len(missing)} of vllm's weights are not among the trainer's, e.g. {min(missing)}")
         if not self._llm.reset_prefix_cache():
@@ -199,14 +202,10 @@ def _set_environment(on_cpu: bool) -> None:
         torch._dynamo.config.disable = True  # else a helper of its sampler is compiled, for seconds
 
 
-def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """The trainer's weights under the names of its checkpoint. A tied head is one tensor and comes as the embedding."""
-    return ((name, p.detach()) for name, p in model.lm.named_parameters())
-
-
 @torch.no_grad()
 def _load(network: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], config: object) -> set[str]:
-    """Put checkpoint weights into vLLM's network; the names of those it has and did not get.
+    """Put checkpoint weights into vLLM's network; the names of those it has and did not get. A tied head is one tensor
+    and comes as the embedding.
 
     `network.load_weights` alone fails on the CPU, where layers pack their weights after loading; between these two
     calls each layer is unpacked, loaded, packed, and written to the memory it had (which CUDA graphs point to).

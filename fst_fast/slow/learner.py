@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from fst_fast.config import SlowConfig
 from fst_fast.errors import UserError
 from fst_fast.model import Model
+from fst_fast.ranks import Ranks
 from fst_fast.records import Group, Rollout
 from fst_fast.slow.advantage import advantages, has_signal
-from fst_fast.slow.packing import packed_batches, packed_hidden, prepare
-from fst_fast.slow.policy import Policy, micro_batches, response_hidden, response_targets
+from fst_fast.slow.packing import packed_batches, packed_hidden, packed_tokens, prepare
+from fst_fast.slow.policy import (
+    Policy,
+    micro_batches,
+    padded_tokens,
+    response_hidden,
+    response_targets,
+    shared_batches,
+)
 from fst_kernels import linear_kl, linear_policy_loss, linear_token_logprobs
 
 
@@ -40,18 +48,20 @@ class Sample:
 
 
 Hidden = Callable[[Model, Sequence[Rollout]], torch.Tensor]  # states that predict the responses, [N, H]
-Batches = Callable[[Sequence[Rollout], int], Iterator[list[int]]]  # (rollouts, budget) → indices
 LossOf = Callable[[list[Sample], float], tuple[torch.Tensor, dict[str, float]]]  # (micro-batch, denominator)
 
 
 class Learner:
-    """Trains `policy` with a policy gradient (CISPO by default) or by distillation. `base` is the frozen start."""
+    """Trains `policy` with a policy gradient (CISPO by default) or by distillation. `base` is the frozen start.
 
-    def __init__(self, policy: Policy, base: Model, config: SlowConfig):
-        self.policy, self.base, self.config = policy, base, config
-        packs = config.pack != "off" and self._can_pack()
-        self._hidden: Hidden = packed_hidden if packs else response_hidden
-        self._batches: Batches = packed_batches if packs else micro_batches
+    Every rank is given all rollouts and computes its share; losses are of the whole minibatch, so that gradients and
+    reports add up.
+    """
+
+    def __init__(self, policy: Policy, base: Model, config: SlowConfig, ranks: Ranks | None = None):
+        self.policy, self.base, self.config, self.ranks = policy, base, config, ranks or Ranks()
+        self._packs = config.pack != "off" and self._can_pack()
+        self._hidden: Hidden = packed_hidden if self._packs else response_hidden
 
     def _can_pack(self) -> bool:
         """Raises UserError when packing was asked for and one of the models cannot."""
@@ -80,13 +90,16 @@ class Learner:
             denominators.append(len(part) if by_problem else sum(len(r.response_ids) for g in part for r in g.rollouts))
         self._seen: list[tuple[Rollout, torch.Tensor]] = []
         metrics = self._train(minibatches, denominators, self._policy_loss)
-        return StepReport(len(groups), sum(map(has_signal, groups)), metrics, self._seen)
+        return StepReport(len(groups), sum(map(has_signal, groups)), metrics, self.ranks.join(self._seen))
 
     @torch.no_grad()
     def log_ratios(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """log ρ_t [tokens] of each rollout under the present weights, by one forward pass without gradient."""
-        head, found = self.policy.model.head, [torch.empty(0)] * len(rollouts)
-        for indices in self._batches(rollouts, self.config.micro_tokens):
+        if not rollouts:
+            return []
+        head = self.policy.model.head
+        found: dict[int, torch.Tensor] = {}
+        for indices, counts in self._micro_batches(rollouts):
             micro = [rollouts[i] for i in indices]
             hidden = self._hidden(self.policy.model, micro)
             now = linear_token_logprobs(
@@ -97,9 +110,9 @@ class Learner:
                 temperature=micro[0].sampling.temperature,
                 softcap=head.softcap,
             )
-            for i, (_, ratios) in zip(indices, by_rollout(micro, now.logprobs), strict=True):
-                found[i] = ratios
-        return found
+            if counts:
+                found |= dict(zip(indices, [ratios for _, ratios in by_rollout(micro, now.logprobs)], strict=True))
+        return [ratios for _, ratios in sorted(self.ranks.join(list(found.items())), key=lambda item: item[0])]
 
     def distill(
         self, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]], rng: random.Random
@@ -125,29 +138,40 @@ class Learner:
 
     def _train(self, minibatches: list[list[Sample]], denominators: list[float], loss_of: LossOf) -> dict[str, float]:
         """One optimizer step per non-empty minibatch, gradients accumulated over its micro-batches."""
-        sums: dict[str, float] = {}
-        count, updates = 0, 0
+        sums: dict[str, float] = {"tokens": 0}
+        norm, updates = 0.0, 0
         for samples, denominator in zip(minibatches, denominators, strict=True):
             if not samples:
                 continue
             rollouts, teachers = [s.rollout for s in samples], [s.teacher for s in samples if s.teacher]
-            budget = self.config.micro_tokens
-            batches = micro_batches(rollouts, budget, teachers) if teachers else self._batches(rollouts, budget)
-            for indices in batches:
-                micro = [samples[i] for i in indices]
+            for indices, counts in self._micro_batches(rollouts, teachers):
+                micro = [samples[i] if counts else replace(samples[i], weight=0.0) for i in indices]
                 tokens = sum(len(s.rollout.response_ids) for s in micro)
                 loss, metrics = loss_of(micro, denominator)
                 loss.backward()
+                if not counts:
+                    continue
                 sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value * tokens
-                count += tokens
-            sums["grad_norm"] = sums.get("grad_norm", 0.0) + self.policy.update()
+                sums["tokens"] += tokens
+            norm += self.policy.update()
             updates += 1
         if not updates:
             return {}
-        per_update = ("loss", "grad_norm")
-        return {name: value / (updates if name in per_update else count) for name, value in sums.items()}
+        sums = self.ranks.total(sums)
+        count = sums.pop("tokens")
+        means = {name: value / (updates if name == "loss" else count) for name, value in sums.items()}
+        return means | {"grad_norm": norm / updates}
+
+    def _micro_batches(
+        self, rollouts: Sequence[Rollout], teachers: Sequence[tuple[int, ...]] = ()
+    ) -> list[tuple[list[int], bool]]:
+        """This rank's, as `shared_batches` gives them. Responses that stand under `teachers` too are not packed."""
+        budget = self.config.micro_tokens
+        if self._packs and not teachers:
+            return shared_batches(self.ranks, rollouts, packed_batches(rollouts, budget), packed_tokens)
+        return shared_batches(self.ranks, rollouts, micro_batches(rollouts, budget, teachers or None), padded_tokens)
 
     def _policy_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
         rollouts = [s.rollout for s in micro]
@@ -155,7 +179,8 @@ class Learner:
         lengths = torch.tensor([len(r.response_ids) for r in rollouts], device=device)
         ref_hidden = ref_weight = ref_bias = None
         if self.config.kl_coef:
-            ref_weight, ref_bias = self.base.head.weight, self.base.head.bias
+            ref = self.base.head
+            ref_weight, ref_bias = ref.weight, ref.bias
             with torch.no_grad():
                 ref_hidden = self._hidden(self.base, rollouts)
         out = linear_policy_loss(
@@ -186,7 +211,8 @@ class Learner:
             "kl_ref": "kl_mean",
         }
         assert out.logprobs is not None
-        self._seen += by_rollout(rollouts, out.logprobs)
+        if micro[0].weight:  # not an idle rank's
+            self._seen += by_rollout(rollouts, out.logprobs)
         return out.loss, {ours: float(out.metrics[theirs]) for ours, theirs in names.items() if theirs in out.metrics}
 
     def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
@@ -199,9 +225,10 @@ class Learner:
 
 
 def by_rollout(rollouts: Sequence[Rollout], logprobs: torch.Tensor) -> list[tuple[Rollout, torch.Tensor]]:
-    """log ρ_t = present − behaviour log-prob, each rollout with its own [tokens]; `logprobs` [N] runs over all."""
+    """log ρ_t = present − behaviour log-prob in host memory, each rollout with its own [tokens]; `logprobs` [N] runs
+    over all."""
     behaviour = torch.tensor([p for r in rollouts for p in r.logprobs], device=logprobs.device)
-    parts = (logprobs - behaviour).split([len(r.response_ids) for r in rollouts])
+    parts = (logprobs - behaviour).cpu().split([len(r.response_ids) for r in rollouts])
     return list(zip(rollouts, parts, strict=True))
 
 
@@ -209,14 +236,15 @@ def token_kl(
     p: Model, hidden_p: torch.Tensor, q: Model, hidden_q: torch.Tensor, rollouts: Sequence[Rollout]
 ) -> torch.Tensor:
     """Exact KL(p ‖ q) [N] over the whole vocabulary at each response token, at the rollouts' temperature."""
+    head_p, head_q = p.head, q.head
     return linear_kl(
         hidden_p,
-        p.head.weight,
+        head_p.weight,
         hidden_q,
-        q.head.weight,
+        head_q.weight,
         direction="forward",
         temperature=rollouts[0].sampling.temperature,
-        bias_p=p.head.bias,
-        bias_q=q.head.bias,
-        softcap=p.head.softcap,
+        bias_p=head_p.bias,
+        bias_q=head_q.bias,
+        softcap=head_p.softcap,
     )

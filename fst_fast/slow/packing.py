@@ -96,6 +96,11 @@ def _cut(indices: Sequence[int], rows: Sequence[Sequence[int]], budget: int) -> 
     return pieces
 
 
+def packed_tokens(rollouts: Sequence[Rollout]) -> int:
+    """What a batch costs: the tokens of its trie."""
+    return trie(Ragged.of([r.prompt_ids + r.response_ids for r in rollouts])).tokens
+
+
 def prepare(model: Model) -> None:
     """Teach `model` to run packed, and see that it gives what it gives unpacked. Raises UserError when it does not."""
     refusal = f"slow.pack = on: {model.path}"

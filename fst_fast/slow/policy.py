@@ -1,26 +1,29 @@
-"""The trained weights: model, optimizer with warm-up, and hidden states of responses."""
+"""The trained weights: model, optimizer with warm-up, hidden states of responses, and who computes which of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from fst_fast.config import SlowConfig
-from fst_fast.model import Model
+from fst_fast.model import Model, whole
+from fst_fast.ranks import Ranks
 from fst_fast.records import Rollout
 
 
 class Policy:
-    """A model and its AdamW. The engine samples from the same parameters: nothing to copy on one machine.
+    """A model and its AdamW. In one process the engine samples from the same parameters: nothing to copy.
 
-    AdamW works on fp32 masters of bf16 parameters: a step of 1e-6 is far below what bf16 can add to a weight.
+    AdamW works on fp32 masters of bf16 parameters: a step of 1e-6 is far below what bf16 can add to a weight. Of a
+    sharded model (sharding.py) the parameters are the masters.
     """
 
     def __init__(self, model: Model, config: SlowConfig):
         self.model, self.config = model, config
-        self._parameters = [p for p in model.lm.parameters() if p.requires_grad]
+        named = {name: p for name, p in model.lm.named_parameters() if p.requires_grad}
+        self._names, self._parameters = list(named), list(named.values())
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._parameters]
         self.optimizer = torch.optim.AdamW(
             self.masters,
@@ -28,7 +31,12 @@ class Policy:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             weight_decay=config.weight_decay,
+            fused=model.device.type == "cuda" or None,
         )
+        for master in self.masters:  # there from the start: a checkpoint always has the same tensors
+            step = torch.zeros((), device=master.device if model.device.type == "cuda" else "cpu")
+            moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[master] = {"step": step, **moments}
         self.updates = 0  # optimizer steps taken
 
     @property
@@ -44,7 +52,10 @@ class Policy:
         for master, p in zip(self.masters, self._parameters, strict=True):
             if master is not p:
                 master.grad, p.grad = None if p.grad is None else p.grad.float(), None
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.config.clip))
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        total = whole(torch.nn.utils.get_total_norm(gradients))
+        torch.nn.utils.clip_grads_with_norm_(self.masters, self.config.clip, total)
+        norm = float(total)
         if not norm < float("inf"):
             raise FloatingPointError(
                 f"gradient norm is {norm} at optimizer step {self.updates}; the last checkpoint is good"
@@ -65,17 +76,21 @@ class Policy:
                 p.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer and counters; also the masters, which hold more than the model's own weights."""
-        masters = [m for m, p in zip(self.masters, self._parameters, strict=True) if m is not p]
-        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates, "masters": masters}
+        """Masters and moments by the names of the model's parameters, sharded as they are."""
+        states = [self.optimizer.state[master] for master in self.masters]
+        moments = {key: dict(zip(self._names, [s[key] for s in states], strict=True)) for key in states[0]}
+        return {"masters": dict(zip(self._names, self.masters, strict=True)), **moments, "updates": self.updates}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Take over such a dictionary; tensors may have been read right into those of `state_dict()`."""
+        own = self.state_dict()
         self.updates = state["updates"]
-        own = [m for m, p in zip(self.masters, self._parameters, strict=True) if m is not p]
-        for master, saved in zip(own, state["masters"], strict=True):
-            master.copy_(saved)
+        for key in own.keys() - {"updates"}:
+            for name, tensor in own[key].items():
+                if tensor is not state[key][name]:
+                    tensor.copy_(state[key][name])
+        self._publish()
 
 
 def response_hidden(
@@ -123,3 +138,39 @@ def micro_batches(
         batch.append(i)
     if batch:
         yield batch
+
+
+def padded_tokens(rollouts: Sequence[Rollout]) -> int:
+    """What a batch costs: all its rows are as long as the longest."""
+    return len(rollouts) * max(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+
+
+def shared_batches(
+    ranks: Ranks, rollouts: Sequence[Rollout], batches: Iterable[list[int]], cost: Callable[[list[Rollout]], int]
+) -> list[tuple[list[int], bool]]:
+    """This rank's part of micro-batches (indices of rollouts), and whether they count.
+
+    All ranks get the same number, since they gather sharded weights together, and what they do at a time is of similar
+    `cost`: the largest batches are halved until their number fits. For want of rollouts a rank repeats the cheapest
+    one, which must not count.
+    """
+    sized = [(cost([rollouts[i] for i in batch]), batch) for batch in batches]
+    if ranks.size == 1:
+        return [(batch, True) for _, batch in sized]
+    while len(sized) % ranks.size and any(len(batch) > 1 for _, batch in sized):
+        largest = max((b for b in sized if len(b[1]) > 1), key=lambda b: b[0])
+        sized.remove(largest)
+        middle = len(largest[1]) // 2
+        for half in (largest[1][:middle], largest[1][middle:]):
+            sized.append((cost([rollouts[i] for i in half]), half))
+    sized.sort(key=lambda b: b[0], reverse=True)
+    load, own = [0] * ranks.size, []
+    for k in range(0, len(sized), ranks.size):  # of each round the largest goes to who has had the least
+        now = sized[k : k + ranks.size]
+        now += [(0, [])] * (ranks.size - len(now))
+        least = sorted(range(ranks.size), key=lambda rank: load[rank])
+        for rank, (tokens, batch) in zip(least, now, strict=True):
+            load[rank] += tokens
+            if rank == ranks.rank:
+                own.append((batch or sized[-1][1], bool(batch)))
+    return own

@@ -1,0 +1,107 @@
+"""One worker a GPU: `python -m fst_fast.train` starts them by itself, through torch's elastic launcher.
+
+Several nodes: `torchrun --nnodes N --nproc-per-node G -m fst_fast.train ...` on each.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fst_fast.errors import UserError
+from fst_fast.ranks import launched
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from fst_fast.config import Config
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where a worker says why it ended
+QUIET = "FST_FAST_LAUNCHED"  # set for the workers of `launch`, which speaks for them
+
+
+def workers(ranks: int, config: Config) -> int:
+    """Processes to start for `--ranks`; 0: this process does it all, or is a worker itself. Raises UserError."""
+    if launched():
+        return 0
+    gpus = torch.cuda.device_count() if config.model.device in ("auto", "cuda") else 0
+    if gpus and ranks > gpus:
+        raise UserError(f"ranks = {ranks}: this machine has {gpus} GPUs; use {gpus} or less, or --model.device cpu")
+    wanted = ranks or gpus or 1
+    return wanted if wanted > 1 or config.slow.offload else 0
+
+
+def launch(count: int, argv: Sequence[str]) -> int:
+    """Run `python -m fst_fast.train` with `argv` in `count` processes of this machine; the exit code.
+
+    When one dies the others are stopped, and one sentence says which it was and why.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said below
+    os.environ[QUIET] = "1"
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        virtual_local_rank=torch.cuda.is_available(),  # each sees its own GPU alone, as vLLM wants it
+        shutdown_timeout=5,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "fst_fast.train", *argv)
+    except ChildFailedError as error:
+        rank, failure = min(error.failures.items(), key=lambda item: _blame(item[1]))
+        return _say(*_sentence(rank, failure))
+    except SignalException as error:
+        return _say(f"stopped by {error.sigval.name}; --resume continues from the last checkpoint", 128 + error.sigval)
+    return 0
+
+
+def record(error: BaseException, sentence: str, code: int) -> None:
+    """In a worker: leave word for the launcher, of either kind."""
+    if ERROR_FILE not in os.environ:
+        return
+    said = {"message": sentence or f"{type(error).__name__}: {error}", "timestamp": int(time.time()), "at": time.time()}
+    trace = "" if sentence else "".join(traceback.format_exception(error))
+    with open(os.environ[ERROR_FILE], "w") as file:
+        json.dump({**said, "code": code, "traceback": trace}, file)
+
+
+def _blame(failure: ProcessFailure) -> tuple[Any, ...]:
+    """The first of these is the cause: a rank that is killed makes the others fail in what they have in common."""
+    return failure.exitcode >= 0, failure.error_file_data.get("code") != 2, failure.error_file_data.get("at", 0)
+
+
+def _sentence(rank: int, failure: ProcessFailure) -> tuple[str, int]:
+    said = failure.error_file_data
+    if said.get("code") == 2:
+        return said["message"], 2
+    if failure.exitcode < 0:
+        why = f"was killed by {signal.Signals(-failure.exitcode).name}"
+        why += " (the system does that when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
+    else:
+        why = f"failed: {said['message']}" if "at" in said else f"ended with exit code {failure.exitcode}"
+    trace = said.get("traceback", "")
+    return f"{trace}error: rank {rank} {why}; the others were stopped; --resume continues from the last checkpoint", 1
+
+
+def _say(text: str, code: int) -> int:
+    print(text.encode("utf-8", "replace").decode(), file=sys.stderr)
+    return code

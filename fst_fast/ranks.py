@@ -1,0 +1,121 @@
+"""The processes of a run as one: who does which share, who writes, and how they tell each other what they found.
+
+Every rank runs the same loop on the same records and comes to the same decisions; rank 0 alone has side effects. A
+process on its own is `Ranks()`, where all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+TIMEOUT = timedelta(
+    hours=1
+)  # the others wait while rank 0 asks a reflector; a rank that dies is noticed by the launcher
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    size: int = 1
+    local: int = 1  # ranks on this machine
+    mesh: DeviceMesh | None = None  # (ranks,) or (nodes, ranks of a node); None: one process, and nothing is sharded
+    group: ProcessGroup | None = None  # objects travel in it, through host memory
+    background: ProcessGroup | None = None  # a second one, for a thread beside the loop
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that writes files and speaks."""
+        return self.rank == 0
+
+    def split(self, costs: Sequence[float]) -> list[list[int]]:
+        """Indices of everybody's share: contiguous, so that siblings stay together, and of about equal cost."""
+        shares: list[list[int]] = [[] for _ in range(self.size)]
+        before, total = 0.0, sum(costs)
+        for i, cost in enumerate(costs):
+            shares[min(self.size - 1, int(self.size * (before + cost / 2) / total))].append(i)
+            before += cost
+        return shares
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's part of `items`, as many as the others'."""
+        return [items[i] for i in self.split([1.0] * len(items))[self.rank]]
+
+    def join(self, own: Sequence[T]) -> list[T]:
+        """What all ranks have, one after the other: undoes `share`."""
+        if self.group is None:
+            return list(own)
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, list(own), group=self.group)
+        return [item for part in found for item in part]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank; the others do not make it."""
+        if self.group is None:
+            return make()
+        import torch.distributed as dist
+
+        box = [make() if self.main else None]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return cast(T, box[0])
+
+    def total(self, sums: dict[str, float]) -> dict[str, float]:
+        """Sums over the ranks, by name, in the same order and so of the same bits everywhere."""
+        if self.group is None:
+            return sums
+        found: dict[str, float] = {}
+        for part in self.join([sums]):
+            for name, value in part.items():
+                found[name] = found.get(name, 0) + value
+        return found
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.join([None])
+
+    def beside(self) -> Ranks:
+        """For one thread beside the loop: what it tells the others does not mix with what the loop tells them."""
+        return replace(self, group=self.background)
+
+
+def launched() -> bool:
+    """Whether a launcher, launch.py or torchrun, started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The ranks of a launched process, each with a GPU of its own (`device` "cpu": none); else a process on its own.
+
+    Inside a node parameters are sharded, across nodes replicated (HSDP).
+    """
+    if not launched():
+        yield Ranks()
+        return
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    gpu = device != "cpu" and torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    shape, names = ((size,), ("shard",)) if node == size else ((size // node, node), ("replicate", "shard"))
+    mesh = init_device_mesh("cuda" if gpu else "cpu", shape, mesh_dim_names=names)
+    groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
+    yield Ranks(rank, size, node, mesh, *groups)
+    dist.destroy_process_group()  # not after an error: the others may never come

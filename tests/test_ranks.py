@@ -1,0 +1,302 @@
+"""Runs on several ranks are the run of one: same rollouts, same curve, same checkpoints; and all of them end together.
+
+Ranks are real processes that talk through gloo; what is started by the launcher says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fst_fast import checkpoint, cli, train
+from fst_fast.config import SlowConfig
+from fst_fast.errors import UserError
+from fst_fast.launch import workers
+from fst_fast.model import load_model
+from fst_fast.ranks import Ranks
+from fst_fast.slow.policy import Policy
+from tests.fast.test_endpoint import Endpoint, Handler
+from tests.models import save_tiny
+from tests.warm import Warm
+
+RUN: dict[str, object] = {
+    "stream": "glyph:A@4", "threads": 1, "progress": False, "tensorboard": False, "rollout.problems": 3,
+    "rollout.group-size": 4, "slow.minibatches": 2, "slow.kl-coef": 0.01, "slow.micro-tokens": 256, "slow.pack": "on",
+    "fast.population": 2, "fast.every": 2, "fast.minibatch": 4, "fast.scoring-problems": 6,
+    "fast.first-proposals": 6, "fast.proposals": 2, "eval.every": 4, "eval.problems": 4, "eval.samples": 1,
+    "checkpoint-every": 2,
+}  # fmt: skip
+
+
+def flags(run_dir: Path, **changes: object) -> list[str]:
+    values = RUN | {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + ["--run-dir", str(run_dir)]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    server = Warm(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def on(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The finished run on so many ranks; 4 are two nodes of two."""
+    made: dict[int, Path] = {}
+
+    def of(ranks: int) -> Path:
+        if ranks not in made:
+            made[ranks] = tmp_path_factory.mktemp("ranks") / "run"
+            ended = warm.run(*flags(made[ranks]), ranks=ranks, nodes=max(1, ranks // 2))
+            assert ended.code == 0, ended.stderr
+        return made[ranks]
+
+    return of
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Of equal decisions and equal responses; numbers may differ by 1e-5."""
+    mine, others = lines(run / "metrics.jsonl"), lines(other / "metrics.jsonl")
+    for a, b in zip(mine, others, strict=True):
+        for record in (a, b):
+            record.pop("time", None)
+            record.pop("cached_prompt_tokens", None)  # a prefix that two ranks need is computed by both
+        assert a == approx(b)
+    a, b = (lines(r / "rollouts" / "rollouts.jsonl") for r in (run, other))
+    assert [r["response_ids"] for r in a] == [r["response_ids"] for r in b]
+    assert [r["id"] for r in a] == list(range(len(a)))
+    assert [r["logprobs"] for r in a] == approx([r["logprobs"] for r in b], 1e-4)
+    assert (run / "population.jsonl").read_text() == (other / "population.jsonl").read_text()
+    a, b = (load_file(checkpoint.folders(r)[0] / "model" / "model.safetensors") for r in (run, other))
+    assert a.keys() == b.keys()
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
+
+
+def approx(x: Any, within: float = 1e-5) -> Any:
+    """`x` with every float in it approximate, at any depth."""
+    match x:
+        case dict():
+            return {name: approx(value, within) for name, value in x.items()}
+        case list():
+            return [approx(value, within) for value in x]
+        case float():
+            return pytest.approx(x, rel=0, abs=within)
+    return x
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_ranks_sample_evolve_and_learn_as_one_does(ranks: int, on: Callable[[int], Path]) -> None:
+    one = lines(on(1) / "metrics.jsonl")
+    assert sum("grad_norm" in r for r in one) >= 3  # or their being equal would mean little
+    assert sum(r["accepted"] for r in one if r["kind"] == "evolve") > 0
+    assert_same_run(on(ranks), on(1))
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(1, 2), (2, 4), (4, 1)])
+def test_a_run_resumed_on_other_ranks_goes_on_as_it_would_have(
+    saved: int, resumed: int, on: Callable[[int], Path], warm: Warm, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(on(saved), tmp_path / "run"))
+    shutil.rmtree(checkpoint.folders(run)[0])
+    assert checkpoint.folders(run)[0].name == "step-000002"
+    ended = warm.run("--resume", run, ranks=resumed, nodes=max(1, resumed // 2))
+    assert ended.code == 0, ended.stderr
+    assert_same_run(run, on(1))
+
+
+@pytest.mark.parametrize(("family", "kept"), [("qwen3", "full"), ("llama", "selective"), ("gemma2", "off")])
+def test_bf16_trains_on_sharded_fp32_masters(family: str, kept: str, warm: Warm, tmp_path: Path) -> None:
+    """Tied, untied and softcapped heads; a step of 1e-6 is lost in bf16 and kept in the masters."""
+    folder, run = save_tiny(family, tmp_path / "model"), tmp_path / "run"
+    changes = {
+        "model__path": folder, "model__dtype": "bfloat16", "slow__recompute": kept, "slow__lr": 1e-6, "slow__warmup": 0,
+        "mode": "rl", "stream": "jsonl:tests/data/noise.jsonl@2", "jsonl__verifier": "regex",
+        "rollout__max_new_tokens": 8, "rollout__problems": 8,
+        "slow__pack": "auto",
+    }  # fmt: skip
+    ended = warm.run(*flags(run, **changes), ranks=2)
+    assert ended.code == 0, ended.stderr
+    newest = checkpoint.folders(run)[0]
+    policy = Policy(load_model(str(newest / "model"), dtype="bfloat16"), SlowConfig())
+    checkpoint.load_policy(newest, policy)
+    start = dict(load_model(str(folder), dtype="bfloat16").lm.named_parameters())
+    moved = {name: master - start[name].float() for name, master in policy.state_dict()["masters"].items()}
+    assert policy.updates == 4
+    assert all(0 < float(change.abs().max()) < 1e-5 for change in moved.values())
+    exported = load_file(newest / "model" / "model.safetensors")
+    assert all(w.dtype == torch.bfloat16 for w in exported.values())
+    assert json.loads((newest / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(torch.equal(exported[n], m.bfloat16()) for n, m in policy.state_dict()["masters"].items())
+
+
+class Answers(Handler):
+    """The same answer in other words, each time."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        with self.server.lock:
+            self.server.received.append(("", {}, {}))
+            number = len(self.server.received)
+        self.say(f"````\nuse square brackets. {number}\n````")
+
+
+def test_a_reflector_that_costs_money_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-any")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Endpoint() as server:
+        server.RequestHandlerClass = Answers
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        openai = Warm(tmp_path)  # with the key in its environment
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        changes = {"fast__reflector": "openai", "reflector__base_url": url, "stream": "glyph:A@1"}
+        ended = openai.run(*flags(tmp_path / "run", **changes), ranks=2)
+        openai.close()
+        server.shutdown()
+        thread.join()
+    assert ended.code == 0, ended.stderr
+    assert len(server.received) == lines(tmp_path / "run" / "metrics.jsonl")[-1]["reflection"]["calls"] == 6
+
+
+# ---- the launcher ---------------------------------------------------------------------------------------------------
+
+
+def start(*argv: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fst_fast.train", *argv]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Rank → process id, of a launcher's workers."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = dict(word.partition("=")[::2] for word in (folder / "environ").read_text().split("\0"))
+        except OSError:
+            continue
+        if parent == launcher and "RANK" in environment:
+            found[int(environment["RANK"])] = int(folder.name)
+    return found
+
+
+def test_all_ranks_stop_when_one_is_killed_and_the_launcher_says_which(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with start(*flags(run, stream="glyph:A@1000"), "--ranks", "2") as launcher:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").is_file() and launcher.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        pids = ranks_of(launcher.pid)
+        assert pids.keys() == {0, 1}, launcher.communicate()
+        os.kill(pids[1], signal.SIGKILL)
+        _, said = launcher.communicate(timeout=30)
+        assert launcher.returncode == 1
+        last = said.splitlines()[-1]
+        assert last.startswith("error: rank 1 was killed by SIGKILL"), said
+        assert "--resume" in last
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+
+
+def test_what_only_the_workers_see_is_one_sentence_too(tmp_path: Path) -> None:
+    folder = save_tiny("qwen3", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    changes = {"model__path": folder, "stream": "jsonl:tests/data/noise.jsonl@2", "jsonl__verifier": "regex"}
+    with start(*flags(tmp_path / "run", **changes), "--ranks", "2") as launcher:
+        _, said = launcher.communicate(timeout=120)
+        assert (launcher.returncode, said.count("\n")) == (2, 1), said
+        assert said.startswith(f"error: model.path: {folder} cannot be loaded"), said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--stream", "runes:Z@3"], "runes"),
+        (["--model.path", "nowhere"], "model.path"),
+        (["--slow.lr", "-1"], "slow.lr"),
+        (["--run-dir", str(Path(__file__).parent)], "not empty"),
+        (["--resume", "nowhere"], "config.toml"),
+    ],
+)
+def test_bad_input_is_refused_before_a_worker_starts(
+    argv: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(train, "launch", lambda *a: started.append(a))
+    monkeypatch.setattr(sys, "argv", ["train", *argv, "--ranks", "2"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(train.main)
+    said = capsys.readouterr().err
+    assert (end.value.code, said.count("\n"), started) == (2, 1, [])
+    assert word in said
+
+
+def test_a_worker_per_gpu_and_none_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = cli.config_from(["--model.device", "auto"])
+    assert workers(0, config) == workers(1, config) == 0  # this process does it
+    assert workers(3, config) == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert workers(0, config) == 8
+    with pytest.raises(UserError, match="ranks = 9: this machine has 8 GPUs"):
+        workers(9, config)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert workers(0, config) == 0  # torchrun's worker
+
+
+# ---- the parts ------------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_contiguous_and_of_about_equal_cost() -> None:
+    costs = [7.0, 1.0, 1.0, 1.0, 4.0, 2.0, 8.0, 0.5]
+    for size in (1, 2, 3, 4, 20):
+        shares = Ranks(0, size).split(costs)
+        assert [i for share in shares for i in share] == list(range(len(costs)))
+        assert len(shares) == size
+        assert max(sum(costs[i] for i in share) for share in shares) <= sum(costs) / size + max(costs)
+    assert Counter(len(s) for s in Ranks(0, 4).split([1.0] * 10)).keys() == {2, 3}
+    assert Ranks(0, 3).split([]) == [[], [], []]
+
+
+def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    policy = Policy(load_model(""), SlowConfig(lr=1e-3))
+    saver = checkpoint.Saver(tmp_path, Ranks(), keep=2, background=True)
+    before = [m.detach().clone() for m in policy.masters]
+    saver.save(policy, {"step": 3})
+    with torch.no_grad():
+        for master in policy.masters:
+            master.add_(1.0)
+    saver.settle()
+    folder = checkpoint.latest(tmp_path)
+    assert folder
+    again = Policy(load_model(str(folder / "model")), SlowConfig())
+    assert all(torch.equal(a, b) for a, b in zip(again.masters, before, strict=True))
+    checkpoint.load_policy(folder, policy)
+    assert all(torch.equal(a, b) for a, b in zip(policy.masters, before, strict=True))
+    (tmp_path / "checkpoints" / "step-000004").write_text("in the way")
+    saver.save(policy, {"step": 4})
+    with pytest.raises(OSError, match="step-000004"):  # and it is not lost
+        saver.settle()
+    assert checkpoint.latest(tmp_path) == folder
