@@ -61,6 +61,8 @@ class Model:
         self._folds_system = False
         self._template_kwargs = template_kwargs or {}
         self._heads: dict[tuple[tuple[str, str], ...], tuple[int, ...]] = {}  # ids up to the last message's content
+        forward = inspect.signature(lm.base_model.forward).parameters
+        self._cache_name = "cache" if "cache" in forward else "past_key_values"  # older transformers
         self._sanitizes = "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters
         self._check_head()
 
@@ -86,8 +88,10 @@ class Model:
         for name, p in self.lm.named_parameters():
             yield name, whole(p.detach().to(self.device, self.dtype))
 
-    def hidden(self, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Final hidden states [B, T, H] (after the last norm) of token ids [B, T]."""
+    def hidden(self, ids: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Final hidden states [B, T, H] (after the last norm) of token ids [B, T]; `cache`: keys and values so far."""
+        if cache is not None:
+            kwargs |= {self._cache_name: cache, "use_cache": True}
         return self.lm.base_model(input_ids=ids, **kwargs).last_hidden_state
 
     def logits(self, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:

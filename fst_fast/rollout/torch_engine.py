@@ -233,7 +233,7 @@ class KVBlock:
             sliding = additive(mask & near, model)
             masks = sliding if model.one_window else {"full_attention": masks, "sliding_attention": sliding}
         cache = InPlaceCache(self.layers, self.columns)
-        hidden = model.hidden(ids, attention_mask=masks, position_ids=queries, past_key_values=cache, use_cache=True)
+        hidden = model.hidden(ids, attention_mask=masks, position_ids=queries, cache=cache)
         self.layers, self.valid = cache.tensors(), valid
         return hidden[:, -1]
 
