@@ -57,8 +57,9 @@ class RolloutConfig:
     """Sequences the engine decodes together."""
     lookahead: Annotated[int, Field(ge=0, le=1)] = 0
     """1: while a step's last responses are sampled, the next step's requests fill the engine; the tokens they have by
-    then are one version old, and the new weights sample the rest. For GPUs and long responses. Nothing is asked ahead
-    over a checkpoint, an evaluation, a GEPA cycle or the end of a stage."""
+    then are one version old, and the new weights sample the rest. Before a GEPA cycle the pool's first scores fill it,
+    behind the step's own requests. For GPUs and long responses. Nothing is asked ahead over a checkpoint, an
+    evaluation or the end of a stage."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Fraction of the GPU that vLLM takes for its copy of the weights and its KV cache; training needs the rest."""
 

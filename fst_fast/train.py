@@ -28,7 +28,7 @@ from fst_fast.context import check_room, longest_problem, room
 from fst_fast.data import make_order
 from fst_fast.errors import UserError
 from fst_fast.evaluate import evaluate, mean
-from fst_fast.fast.evolve import evolve
+from fst_fast.fast.evolve import evolve, opening
 from fst_fast.fast.lineage import lineage, summary
 from fst_fast.fast.population import Member, distinct
 from fst_fast.fast.reflectors import make_reflector
@@ -158,6 +158,7 @@ class Trainer:
         self.state = State(best=Prompt(self.tasks[0].seed_prompt))
         self.saved = -1  # step of the newest checkpoint
         self.ahead: Batch | None = None  # the next step's
+        self.heat: Asked | None = None  # the first rollouts of the GEPA cycle that comes next
 
     # ------------------------------------------------------------------------------------------ opening and saving
 
@@ -268,7 +269,7 @@ class Trainer:
                 proposals += steps // (2 * config.minibatch + config.scoring_problems // 3)
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
             self.engine.load_weights(self.base, BASE_VERSION)
-        ahead = self.order.lookahead(self.state.step - self.stage.start, config.every)
+        ahead = self._lookahead(self.state.step)
         self.store.forget()
         if self._reuses:
             self.state.reused = Reused(self.store.offset)
@@ -278,15 +279,8 @@ class Trainer:
         def rollouts_of(pairs: Sequence[tuple[Prompt, Problem]], scoring: bool) -> list[Rollout]:
             nonlocal calls
             calls += 1
-            samples: Counter[tuple[Prompt, str]] = Counter()
-            asks = []
-            for prompt, problem in pairs:
-                asks.append(Ask(prompt, problem, samples[prompt, problem.id]))
-                samples[prompt, problem.id] += 1
-            key = (self.state.cycle, calls)
-            return self.collector.collect(
-                self.task, asks, purpose="gepa", step=self.state.step, key=key, scoring=scoring
-            )
+            asked, self.heat = self.heat or self._ask_gepa(pairs, scoring, calls), None
+            return self.collector.finish(asked)
 
         reflector = self.reflectors[self.stage.index]
         assert reflector is not None
@@ -324,7 +318,7 @@ class Trainer:
         reuse, before = Plan(self.state.reused.cap), replace(self.engine.stats)
         if self.config.mode != "gepa":
             batch = self.ahead or self._ask(self.state.step)
-            self.ahead = self._ask(self.state.step + 1) if self._asks_ahead else None
+            self._ask_ahead()
             rollouts, reuse = self._batch_rollouts(batch), batch.reuse
             sampled = time.monotonic()
             rng = stream(self.config.seed, "minibatches", self.state.step)
@@ -448,15 +442,35 @@ class Trainer:
     def _reuses(self) -> bool:
         return self.config.fast.reuse and self.config.mode == "fst"
 
-    @property
-    def _asks_ahead(self) -> bool:
-        """Whether the step after this one may already be asked for. Not over an evaluation or a cycle, which want the
-        engine and may change the prompts; not over a checkpoint, from which a resumed run must sample the same."""
-        between = [self.config.checkpoint_every, self.config.eval.every]
-        if self.evolves:
-            between.append(self.config.fast.every)
-        inside = self.state.step + 1 < self.stage.end and not any(self.due(every, after=1) for every in between)
-        return inside and self.config.rollout.lookahead > 0
+    def _ask_ahead(self) -> None:
+        """Ask for what follows this step, as far as it is certain: the next step's rollouts, or the first of the GEPA
+        cycle before it. Not over an evaluation, which wants the engine, nor over a checkpoint, from which a resumed
+        run must sample the same."""
+        self.ahead, after = None, self.state.step + 1
+        if not self.config.rollout.lookahead or after == self.stage.end:
+            return
+        if any(self.due(every, after=1) for every in (self.config.checkpoint_every, self.config.eval.every)):
+            return
+        if not (self.evolves and self.due(self.config.fast.every, after=1)):
+            self.ahead = self._ask(after)
+            return
+        scoring = self._lookahead(after)[: self.config.fast.scoring_problems]
+        pairs = opening(self.state.pool, scoring, self.config.fast)
+        self.heat = self._ask_gepa(pairs, True, call=1, ahead=1)
+
+    def _lookahead(self, step: int) -> list[Problem]:
+        """The problems of the T batches from `step` on."""
+        return self.order.lookahead(step - self.stage.start, self.config.fast.every)
+
+    def _ask_gepa(self, pairs: Sequence[tuple[Prompt, Problem]], scoring: bool, call: int, *, ahead: int = 0) -> Asked:
+        """Queue call number `call` of this cycle, or of the one after `ahead` steps."""
+        samples: Counter[tuple[Prompt, str]] = Counter()
+        asks = []
+        for prompt, problem in pairs:
+            asks.append(Ask(prompt, problem, samples[prompt, problem.id]))
+            samples[prompt, problem.id] += 1
+        step, key = self.state.step + ahead, (self.state.cycle, call)
+        return self.collector.submit(self.task, asks, purpose="gepa", step=step, key=key, scoring=scoring, ahead=ahead)
 
     def _ask(self, step: int) -> Batch:
         """Plan the rollouts of `step`, this one or the next, and queue what the store does not answer.

@@ -23,7 +23,7 @@ from gepa.strategies.proposal_sampling import ProposalTask
 
 from fst_fast.config import FastConfig
 from fst_fast.fast.population import Member, breeding_weights, distinct, normalised
-from fst_fast.fast.race import Race
+from fst_fast.fast.race import Race, heats
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage, Reflector
 from fst_fast.fast.text import cut_middle, printable
 from fst_fast.records import Problem, Prompt, Rollout
@@ -149,6 +149,17 @@ def evolve(
     )
 
 
+def opening(pool: Sequence[Member], scoring: Sequence[Problem], config: FastConfig) -> list[tuple[Prompt, Problem]]:
+    """What `evolve` will ask for first whatever happens until then: the pool's first heat."""
+    problems = _distinct_problems(scoring)
+    end = heats(len(problems), pauses=config.race)[0]
+    return [(m.prompt, problem) for m in distinct(pool) for problem in problems[:end]]
+
+
+def _distinct_problems(scoring: Sequence[Problem]) -> list[Problem]:
+    return list({p.id: p for p in scoring}.values())
+
+
 def _members(result: Any, run: _Cycle, cycle: int) -> list[Member]:
     """All who raced: those carried in, then the accepted children."""
     prompts = [Prompt(candidate[_COMPONENT]) for candidate in result.candidates]
@@ -194,8 +205,9 @@ class _Cycle:
         self.candidates: list[Candidate] = []
         self.rollouts = self.rounds = self.sampled = 0
         self.error: Exception | None = None
-        distinct_problems = list({p.id: p for p in scoring}.values())
-        self.race = Race(distinct_problems, self._score, keep=config.population, pauses=config.race, blind=blind)
+        self.race = Race(
+            _distinct_problems(scoring), self._score, keep=config.population, pauses=config.race, blind=blind
+        )
         self.race.enter([m.prompt for m in members])
 
     @property

@@ -21,6 +21,11 @@ Score = Callable[[Sequence[tuple[Prompt, Problem]]], Sequence[float]]
 PARTS = (4, 2, 1)  # the race pauses after a quarter and after half of the problems
 
 
+def heats(problems: int, *, pauses: bool) -> list[int]:
+    """How many of so many problems are behind a prompt at each pause and at the end."""
+    return sorted({-(-problems // part) for part in PARTS}) if pauses else [problems]
+
+
 class Race:
     """Scores of all who entered, and who finished. At a pause the better half goes on, and never fewer than `keep`.
 
@@ -31,7 +36,7 @@ class Race:
     def __init__(self, problems: Sequence[Problem], score: Score, *, keep: int, pauses: bool, blind: bool):
         n = len(problems)
         self.problems, self._score, self._keep = list(problems), score, keep
-        self._ends = sorted({-(-n // part) for part in PARTS}) if pauses else [n]
+        self._ends = heats(n, pauses=pauses)
         self.prompts: list[Prompt] = []
         self.scores = np.empty((0, n))  # [prompts, problems], NaN: not asked
         # world 0 sees every problem, world 1 + i all but problem i
