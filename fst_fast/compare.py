@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -168,13 +169,14 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def work(jobs: Sequence[Job], parallel: int) -> None:
     """Run all jobs that are not done, `parallel` at a time, with a bar each while they run. A run that fails stops the
-    others with its message."""
+    others with its message; so does a SIGTERM to this process."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for job in jobs:
             job.done = (job.dir / job.last).is_file()
         whole = progress.add_task("runs", total=len(jobs))
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             while not all(job.done for job in jobs):
                 running = [job for job in jobs if job.process and not job.done]
@@ -189,6 +191,7 @@ def work(jobs: Sequence[Job], parallel: int) -> None:
                     follow(job, progress, console)
                 time.sleep(0.2)
         finally:
+            signal.signal(signal.SIGTERM, before)
             for job in jobs:
                 if job.process and job.process.exitcode is None:
                     job.process.terminate()
