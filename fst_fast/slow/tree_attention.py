@@ -190,10 +190,9 @@ class _TreeAttention(torch.autograd.Function):
                     out[..., rows, :], lse[..., rows] = part, part_lse
                 else:
                     so_far = lse[..., rows]
-                    total = torch.logaddexp(so_far, part_lse)
-                    merged = out[..., rows, :].mul_((so_far - total).exp_()[..., None])
-                    merged.addcmul_(part.to(wide), (part_lse - total).exp_()[..., None])
-                    lse[..., rows] = total
+                    weight = torch.sigmoid(part_lse - so_far)[..., None]
+                    out[..., rows, :].lerp_(part.to(wide), weight)
+                    torch.logaddexp(so_far, part_lse, out=so_far)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.spans, ctx.scale = spans, scale
