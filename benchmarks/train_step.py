@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from measure import DEVICE, interleaved, medians, peak_bytes_of, save, setting
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -101,18 +102,21 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
     for name, middle in middles["seconds"].items():
         if name == "padded":
             batches = list(micro_batches(rollouts, args.micro_tokens))
-            run, useful = sum(len(b) * max(rows[i] for i in b) for b in batches), sum(rows)
+            run, positions = sum(len(b) * max(rows[i] for i in b) for b in batches), [range(n) for n in rows]
         else:
             batches = list(packed_batches(rollouts, args.micro_tokens))
             tries = [[rollouts[i].prompt_ids + rollouts[i].response_ids[:-1] for i in b] for b in batches]
-            run = useful = sum(len(pack(x).ids) for x in tries)
+            positions = [pack(x).positions for x in tries]
+            run = sum(map(len, positions))
         peak = peak_bytes_of(calls[name])
         policy.seen = []
         calls[name]()
         gradients[name], policy.seen = policy.seen, None
         apart = distance(gradients[name], gradients["padded"])
         tokens = run if name == "padded" else found["padded"]["tokens"]
-        mfu = flops(model, useful, args.kl) / middle / args.peak_tflops / 1e12 if DEVICE == "cuda" else None
+        responses = sum(len(r.response_ids) for r in rollouts)
+        work = flops(model, np.concatenate(positions), responses) * (4 if args.kl else 3)  # backward is two forward
+        mfu = work / middle / args.peak_tflops / 1e12 if DEVICE == "cuda" else None
         found[name] = {
             **{k: x[name] for k, x in times.items()}, "tokens": run, "live": sum(rows) / run, "batches": len(batches),
             "peak_bytes": peak, "mfu": mfu, "gradients_apart": apart,
@@ -229,11 +233,14 @@ def random_model(shape: str, seed: int, plain_layers: bool = False) -> Model:
     return Model(lm.eval(), tokenizer, shape)
 
 
-def flops(model: Model, tokens: int, kl: float) -> float:
-    """Of the matrix products with the weights, 2 a weight and token: forward, twice that backward, and the base's
-    forward for the KL. Attention is left out, and the head counted for every token."""
-    weights = sum(p.numel() for p in model.lm.parameters())
-    return 2 * weights * tokens * (4 if kl else 3)
+def flops(model: Model, positions: np.ndarray, responses: int) -> float:
+    """Of a forward pass over tokens at `positions`: 2 a weight and token, the head's for response tokens only, and in
+    attention 4 a dimension for every key that a token sees."""
+    config, head = model.config, model.head.weight
+    body = sum(p.numel() for p in model.lm.base_model.parameters()) - head.numel()  # without the embedding
+    seen = float(np.sum(positions + 1.0))
+    attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
+    return 2.0 * body * len(positions) + 2.0 * head.numel() * responses + attention
 
 
 if __name__ == "__main__":
