@@ -52,10 +52,12 @@ def evaluate(
     key: tuple[str | int, ...],
     others: Sequence[Prompt] = (),
     at: float = 1.0,
+    ood: Task | None = None,
 ) -> dict[str, Any]:
     """Metrics of one evaluation (the fields of an "eval" line in metrics.jsonl); `others` are evaluated beside.
 
     Of a mixture: those of each part, and their means by the weights it has at the place `at` of its stage (0 to 1).
+    `ood` is evaluated under its seed prompt alone.
     """
     seed_prompt = Prompt(task.seed_prompt)
     prompts = list(dict.fromkeys([best, *population, seed_prompt, *others]))
@@ -91,6 +93,11 @@ def evaluate(
     if glyph := next((part for part in parts_of(task) if isinstance(part, GlyphTask)), None):
         followed = collector.collect(glyph, retention_asks(glyph), purpose="eval", step=step, key=(*key, "retention"))
         record["retention"] = mean(r.reward for r in followed)
+    if ood:
+        unseen = ood.validation[: config.problems]
+        asks = [Ask(Prompt(ood.seed_prompt), x, s) for x in unseen for s in range(config.samples)]
+        answered = collector.collect(ood, asks, purpose="eval", step=step, key=(*key, "ood"))
+        record["reward_ood"] = mean(r.reward for r in answered)
     return record
 
 

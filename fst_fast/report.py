@@ -43,6 +43,7 @@ MEASURES = (
     ("kl", "exact KL to the base, nats per token"),
     ("entropy", "entropy, nats per token"),
     ("retention", "other instructions still followed"),
+    ("reward_ood", "reward on a task not trained on, its seed prompt"),
 )
 
 

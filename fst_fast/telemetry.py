@@ -176,7 +176,13 @@ def _line(record: Mapping[str, Any], total: int, prompt: str) -> str:
     return " · ".join(parts + ([f"best prompt: {plain(prompt, 100)}"] if prompt else []))
 
 
-_EVAL_NUMBERS = (("reward_seed", "seed prompt"), ("kl", "KL"), ("entropy", "entropy"), ("retention", "retention"))
+_EVAL_NUMBERS = (
+    ("reward_seed", "seed prompt"),
+    ("kl", "KL"),
+    ("entropy", "entropy"),
+    ("retention", "retention"),
+    ("reward_ood", "out of distribution"),
+)
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

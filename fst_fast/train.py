@@ -133,6 +133,8 @@ class Trainer:
         self.config, self.run_dir, self.ranks = config, run_dir, ranks or Ranks()
         self.stages = stages(config.stream)
         self.tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl, data=config.data) for s in self.stages]
+        ood = config.eval.ood
+        self.ood = make_task(ood, seed=config.seed, jsonl=config.jsonl, data=config.data) if ood else None
         size = config.rollout.problems
         names = [t.name for t in self.tasks]
         self.names = [f"{n}#{i}" if n in names[:i] else n for i, n in enumerate(names)]  # a task may come back
@@ -145,7 +147,7 @@ class Trainer:
         self.base.lm.requires_grad_(False)
         self.longest = [longest_problem(self.model, t) for t in self.tasks]
         self._check_context()
-        self.inputs = fingerprint(self.tasks, self.base)
+        self.inputs = fingerprint([*self.tasks, *([self.ood] if self.ood else [])], self.base)
         recompute(self.model, config.slow.recompute)
         replica = self._shard() if self.ranks.mesh else None
         self.policy = Policy(self.model, config.slow)
@@ -406,6 +408,7 @@ class Trainer:
             key=(self.state.step, stream_name, self.state.cycle),
             others=others,
             at=at,
+            ood=self.ood,
         )
 
     def finish_stage(self) -> None:
@@ -550,6 +553,9 @@ class Trainer:
         """UserError when what the run will sample leaves no room for an answer."""
         for task, longest in zip(self.tasks, self.longest, strict=True):
             check_room(self.model, task, [Prompt(task.seed_prompt)], longest, self.config.rollout.max_new_tokens)
+        if ood := self.ood:
+            longest = longest_problem(self.model, ood)
+            check_room(self.model, ood, [Prompt(ood.seed_prompt)], longest, self.config.rollout.max_new_tokens)
         answer = self.config.reflector.max_new_tokens
         if self.config.mode != "rl" and self.config.fast.reflector == "policy" and answer >= self.model.context:
             raise UserError(

@@ -11,6 +11,7 @@ import pytest
 
 from fst_fast.config import Config, EvalConfig, FastConfig, RolloutConfig, preset
 from fst_fast.errors import UserError
+from fst_fast.tasks.jsonl import JsonlOptions
 from fst_fast.train import main, train
 from tests.models import FAMILIES, save_tiny
 
@@ -153,6 +154,20 @@ def test_a_mixture_is_one_stage_and_evaluations_tell_its_tasks_apart(tmp_path: P
     assert scored[0] == of[0] | of[1]
     assert scored[2] == of[2] | of[3]
     assert all(r["reuse"]["fraction"] > 0 for r in metrics if r["kind"] == "step" and r["step"] in (1, 3))
+
+
+def test_a_task_that_is_not_trained_on_is_evaluated_under_its_seed_prompt(tmp_path: Path) -> None:
+    unseen = tmp_path / "unseen.jsonl"
+    problem = {"problem": "a b c d", "answer": "(?s).*", "verifier": "regex"}
+    unseen.write_text("".join(json.dumps({**problem, "problem": f"a b c {x}"}) + "\n" for x in "abcdefghij"))
+    config = small(preset("glyph", "fst"), stream="glyph:A@2", run_dir=str(tmp_path))
+    config = replace(config, eval=replace(config.eval, ood=f"jsonl:{unseen}"), jsonl=JsonlOptions(verifier="regex"))
+    train(config, tmp_path / "run")
+    evals = [r for r in lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval"]
+    assert [r["reward_ood"] for r in evals] == [1.0, 1.0]  # any answer is right
+    asked = [r for r in lines(tmp_path / "run" / "rollouts" / "rollouts.jsonl") if "unseen" in r["problem_id"]]
+    assert {r["purpose"] for r in asked} == {"eval"}
+    assert len({r["prompt_id"] for r in asked}) == 1
 
 
 def test_failed_problems_go_to_the_reflection_first_and_a_group_to_its_slice_s_prompt(tmp_path: Path) -> None:

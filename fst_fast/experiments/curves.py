@@ -233,34 +233,40 @@ def kl(setting: Setting, runs: Runs) -> Result:
 
 # ------------------------------------------------------------------------------------------------------- ood, entropy
 
+INSTRUCTIONS = 64  # evaluated as "retention"
 AS_GOOD = Claim("Without its optimised prompts FST is at least as good as RL out of distribution", "FST equals RL")
 
 
 def ood(setting: Setting, runs: Runs) -> Result:
-    """Other instructions of the glyph world, each stated by its own prompt: no optimised prompt takes part."""
+    """A task that is not trained on, under its seed prompt (--eval.ood); without one, other instructions of the glyph
+    world, each stated by its own prompt. No optimised prompt takes part."""
     labels = {"RL": "RL", "FST": "FST"}
-    base = [run.evals[0]["retention"] for run in runs["RL"]]
-    values = {"base": base, **{label: lasts(runs[label], "retention") for label in labels}}
+    task = runs["RL"][0].config["eval"].get("ood", "")
+    key, what = ("reward_ood", f"reward on {task}") if task else ("retention", "other instructions followed")
+    base = [run.evals[0][key] for run in runs["RL"]]
+    values = {"base": base, **{label: lasts(runs[label], key) for label in labels}}
     seed = {
         "base": [r.evals[0]["reward_seed"] for r in runs["RL"]],
         **{x: lasts(runs[x], "reward_seed") for x in labels},
     }
     rows = [[label, each(of), each(seed[label])] for label, of in values.items()]
     gaps = minus(values["FST"], values["RL"])
-    error = standard_error(fmean(values["base"]), 64)
+    n = samples(runs["RL"][0]) if task else INSTRUCTIONS
+    error = standard_error(fmean(values["base"]), n)
     finding = AS_GOOD.judged(gaps, f"FST − RL {each(gaps, '+.2f')}, more than −{error:.2f}", more_than=-error)
-    columns = ["", "other instructions followed", "own task under the seed prompt"]
+    columns = ["", what, "own task under the seed prompt"]
+    on = f"{task} under its seed prompt" if task else f"{n} random rules, each fully stated by its prompt"
     notes = [
-        "Out of distribution here: 64 random rules, each fully stated by its prompt, one sample each "
-        f"(standard error about {error:.2f}). Neither training nor an optimised prompt has seen them."
+        f"Out of distribution here: {on}; {n} samples (standard error about {error:.2f}). Neither training nor an "
+        "optimised prompt has seen them."
     ]
-    return Result([finding], columns, rows, dots(values, "other instructions followed"), notes, {"followed": values})
+    return Result([finding], columns, rows, dots(values, what), notes, {"out_of_distribution": values})
 
 
-def has_retention(setting: Setting) -> str:
-    if setting.task.startswith("glyph:"):
+def has_ood(setting: Setting) -> str:
+    if setting.task.startswith("glyph:") or any(flag.startswith("--eval.ood") for flag in setting.flags):
         return ""
-    return "it needs tasks that no arm was trained on: run `python -m fst_fast.evaluate RUN --task OTHER` on the runs"
+    return "it needs a task that no arm trains on: add --eval.ood TASK, e.g. --eval.ood codeio-ood:SOURCE"
 
 
 EXPLORES = Claim("Entropy stays higher in FST", "higher: different prompts explore")
@@ -343,7 +349,7 @@ EXPERIMENTS = (
     Experiment("efficiency", "What does it cost to get as far as RL?", (FEWER, HIGHER, CEILING), modes, efficiency),
     Experiment("asymptote", "How far would each get?", (SIGMOID,), rl_and_fst, asymptote),
     Experiment("kl", "What does a reward cost in distance from the base?", (CLOSER,), rl_and_fst, kl),
-    Experiment("ood", "What is left without the prompts?", (AS_GOOD,), rl_and_fst, ood, has_retention),
+    Experiment("ood", "What is left without the prompts?", (AS_GOOD,), rl_and_fst, ood, has_ood),
     Experiment("entropy", "How much is left to explore?", (EXPLORES,), rl_and_fst, entropy),
     Experiment("star-graph", "How soon is there any reward at all?", (LEAVES,), rl_and_fst, star_graph, no_star_graph),
 )

@@ -117,6 +117,7 @@ def test_a_miniature_ends_in_files_and_a_page_and_is_not_run_again(
         (["kl", "--jobs", "-1"], "jobs = -1"),
         (["kl", "--stream", "glyph:A"], "TASK@STEPS"),
         (["kl", "--model.path", "x"], "tasks of its own"),
+        (["ood", "--model.path", "x", "--stream", "jsonl:x@9"], "add --eval.ood TASK"),
         (["continual", "--stream", "glyph:A@2"], "a stream of two tasks"),
         (["drift", "--stream", "glyph:A@2,glyph:A@2"], "two different tasks"),
         (["star-graph"], "the embedded model"),
