@@ -47,8 +47,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=_tokens, help=f"N instead of the shape's, a multiple of {SEQUENCE}")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="of the loss")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are reported")
     parser.add_argument("--only", nargs="+", default=[], help="contenders whose name contains one of these")
+    parser.add_argument("--untried", action="store_true", help="on a GPU: no trial of each contender beforehand")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results here, after every operation")
     parser.add_argument("--plot", type=Path, help="draw them here (matplotlib)")
@@ -67,7 +69,7 @@ def main() -> None:
     }
     title = f"{args.shape}: N {shape.n}, H {shape.h}, V {shape.v}, {args.dtype}, {args.threads} thread(s)"
     print(f"{title}\n{setting()}\ncopy: {bandwidth / 1e9:.1f} GB/s\n", flush=True)
-    failed = trials(args) if gpu else {}
+    failed = trials(args) if gpu and not args.untried else {}
     results: list[Result] = []
     said: set[tuple[str, str]] = set()
     for op in args.ops:
@@ -240,7 +242,7 @@ def run_losses(args: argparse.Namespace, excluded: dict[str, str]) -> Iterable[R
     small = _problem(args).first(SEQUENCE)
     made, failed = _make(LOSSES, args, excluded, lambda step: step(small.first(SEQUENCE)))
     slow: dict[str, str] = {}
-    for rows in ROWS:
+    for rows in args.rows:
         steps = {name: step for name, step in made.items() if name not in slow}
         result = _run_loss(_problem(args, rows), steps, failed | slow, args.rounds)
         yield result | {"rows": rows}
