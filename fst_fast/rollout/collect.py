@@ -118,7 +118,9 @@ class Collector:
         """One rollout per ask, in their order, when all of them are done."""
         done = self._drain(asked.requests)
         if strangers := {v for c in done for v, _ in c.versions} - set(asked.versions):
-            raise EngineError(f"rollouts for weights {asked.versions} were sampled by weights {min(strangers)}")
+            first, last = asked.versions[0], asked.versions[-1]
+            wanted = f"weights {first}" if first == last else f"weights {first} or {last}"
+            raise EngineError(f"rollouts for {wanted} were sampled by weights {min(strangers)}")
         responses = [self.model.decode(c.response_ids) for c in done]
         said = verdicts(asked.task, [(ask.problem, r) for ask, r in zip(asked.asks, responses, strict=True)])
         own = [

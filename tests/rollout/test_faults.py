@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
-from fst_fast import cli, train
+from fst_fast import checkpoint, cli, train
 from fst_fast.rollout import dispatch
 from fst_fast.rollout.engine import Completion
 from fst_fast.rollout.torch_engine import TorchEngine
@@ -48,6 +50,10 @@ def by_unknown_weights(engine: TorchEngine) -> list[Completion]:
     return [replace(c, versions=()) for c in really(engine)]
 
 
+def by_older_weights(engine: TorchEngine) -> list[Completion]:
+    return [replace(c, versions=((2, len(c.response_ids)),)) for c in really(engine)]
+
+
 def answers_twice(engine: TorchEngine) -> list[Completion]:
     return [again for c in really(engine) for again in (c, c)]
 
@@ -73,6 +79,7 @@ FAULTS: dict[Step, str] = {
     without_logprobs: "0 log-probs for",
     with_a_logprob_that_is_no_number: "a log-prob that is no number",
     by_unknown_weights: "tokens by weights ()",
+    by_older_weights: "rollouts for weights 3 were sampled by weights 2",
     answers_twice: "not all of them under way",
     too_long: "tokens where 1 to 20 were asked for",
     never_ends: "no token in 50 steps",
@@ -99,8 +106,76 @@ def test_a_broken_engine_stops_the_run_and_the_resumed_run_is_the_unbroken_one(
             cli.run(train.main)
     said = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 1
-    assert said.startswith("error: the torch engine failed: ")
+    assert said.startswith("error: ")
     assert FAULTS[fault] in said
     assert said.endswith("; --resume continues from the last checkpoint")
     train.main(["--resume", str(tmp_path / "run")])
     assert_equal(tmp_path / "run", whole)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended in step 3, with a checkpoint at 2 and records of the cycle and the step after it."""
+    run, learn = tmp_path_factory.mktemp("killed") / "run", train.Trainer.learn
+
+    def learn_until(trainer: train.Trainer) -> None:
+        if trainer.state.step == 3:
+            raise Killed
+        learn(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "learn", learn_until)
+        with pytest.raises(Killed):
+            train.main(flags(run))
+    return run
+
+
+def kept(run: Path) -> int:
+    """Bytes of the store that the newest checkpoint knows."""
+    folder = checkpoint.latest(run)
+    assert folder
+    return checkpoint.read_state(folder)["offsets"]["rollouts"]
+
+
+def test_a_torn_last_record_is_cut_off_and_sampled_again(killed: Path, whole: Path, tmp_path: Path) -> None:
+    run = Path(copytree(killed, tmp_path / "run"))
+    store = run / "rollouts" / "rollouts.jsonl"
+    data = store.read_bytes()
+    torn = data[: data.rindex(b"\n", 0, -1) + 100]
+    assert len(torn) > kept(run)
+    store.write_bytes(torn)
+    train.main(["--resume", str(run)])
+    assert_equal(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda data, end: data[: end - 100], "is not the file this checkpoint knew: no line of it ends at byte"),
+        (lambda data, end: data[: end - 100] + b"x" + data[end - 99 :], r"the line that ends at byte \d+ is damaged"),
+    ],
+    ids=["cut", "flipped"],
+)
+def test_a_store_damaged_before_the_checkpoint_is_refused_in_a_sentence(
+    damage: Callable[[bytes, int], bytes],
+    sentence: str,
+    killed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Path(copytree(killed, tmp_path / "run"))
+    store = run / "rollouts" / "rollouts.jsonl"
+    store.write_bytes(damage(store.read_bytes(), kept(run)))
+    before = store.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["train", "--resume", str(run)])
+    with pytest.raises(SystemExit) as end:
+        cli.run(train.main)
+    assert end.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(sentence, said), said
+    assert store.read_bytes().startswith(before[: kept(run) - 200])
