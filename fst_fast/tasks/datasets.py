@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ def records(source: str, split: str = "train") -> Iterator[Row]:
     """The rows of `source`, in its order, read as they are asked for.
 
     A file is its rows, whatever the `split`; of a folder (train.jsonl, test-00000-of-00002.parquet...) or a dataset on
-    the Hub the rows of `split` come, by the library `datasets`, which keeps a copy in its cache. UserError says what is
-    missing: the file, the library, the dataset, the split; and which line or row is no object.
+    the Hub the rows of `split` come; the library `datasets` finds its files, and keeps a copy in its cache. UserError
+    says what is missing: the file, the library, the dataset, the split; and which line or row is no object.
     """
     path = Path(source)
     if path.is_file():
-        return _file(path)
+        return _file(path, path.suffix)
     if not source or path.suffix in (".jsonl", ".json", ".parquet"):
         raise UserError(f"{source!r}: there is no such file; give {FORMS}.")
-    return _objects(_dataset(source, split), source)
+    return _dataset(source, split)
 
 
 def json_lines(path: str | Path, *, name: str = "") -> Iterator[tuple[int, Row]]:
@@ -39,8 +40,8 @@ def json_lines(path: str | Path, *, name: str = "") -> Iterator[tuple[int, Row]]
         raise UserError(f"{name or path}: cannot read the file ({e.strerror}); give a file of JSON lines.") from None
 
 
-def _file(path: Path) -> Iterator[Row]:
-    match path.suffix:
+def _file(path: Path, suffix: str) -> Iterator[Row]:
+    match suffix:
         case ".jsonl":
             return (row for _, row in json_lines(path))
         case ".json":
@@ -75,16 +76,25 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: not a parquet file that can be read ({_one_line(e)}).") from None
 
 
-def _dataset(source: str, split: str) -> Iterator[Any]:
+def _dataset(source: str, split: str) -> Iterator[Row]:
     _need("datasets", source)
     import datasets
     from datasets.exceptions import DatasetsError
 
     name, _, config = (source, "", "") if Path(source).is_dir() else source.partition(":")
     try:
-        return iter(datasets.load_dataset(name, config or None, split=split))
+        builder = datasets.load_dataset_builder(name, config or None)
+        splits = {str(s): [str(file) for file in files] for s, files in (builder.config.data_files or {}).items()}
+        if split not in splits:
+            raise ValueError(f"there is {', '.join(splits) or 'none'}")
+        suffixes = [Path(file).suffix for file in splits[split]]
+        if not {".jsonl", ".json", ".parquet"}.issuperset(suffixes):
+            return _objects(datasets.load_dataset(name, config or None, split=split), source)
+        # Read here: through Arrow, JSON of mixed types would lose digits, NaN and Infinity.
+        paths = datasets.DownloadManager(dataset_name=builder.dataset_name).download(splits[split])
     except (DatasetsError, OSError, ValueError, RuntimeError) as e:  # absent, unreachable, malformed; no such split
         raise UserError(f"{source}: cannot load the split '{split}' ({_one_line(e)}); give {FORMS}.") from None
+    return chain.from_iterable(_file(Path(p), suffix) for p, suffix in zip(paths, suffixes, strict=True))
 
 
 def _need(module: str, source: str) -> None:

@@ -9,6 +9,7 @@ before, which keep the same things out once more.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -58,9 +59,14 @@ def serve() -> None:
 
 class Jail:
     def __init__(self, preamble: str, seconds: float, memory: int):
-        self._seconds, self._memory = seconds, memory
+        self._seconds = seconds
         self._names: dict[str, Any] = {"__builtins__": __builtins__}
         exec(preamble, self._names)
+        self._memory = memory
+        if sys.platform == "linux":
+            self._memory += int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            with contextlib.suppress(OSError):  # the first to go when the machine runs out of memory
+                Path("/proc/self/oom_score_adj").write_text("1000")
         _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become ours to kill
         self._ruleset = landlock_ruleset()
         self._layers = [] if self._ruleset is None else ["landlock"]
@@ -210,10 +216,7 @@ def limit(seconds: int, memory: int) -> None:
 
     limits = {"CPU": seconds + 1, "FSIZE": 0, "NOFILE": 64, "NPROC": 0, "CORE": 0, "MEMLOCK": 0}
     if sys.platform == "linux":
-        with open("/proc/self/statm") as file:
-            limits["AS"] = memory + int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # the first to go when the machine runs out of memory
+        limits["AS"] = memory
     for name, value in limits.items():
         what = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(what)[1]

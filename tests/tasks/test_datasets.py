@@ -59,12 +59,16 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_has_splits_and_keeps_values_of_mixed_types(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    train: list[dict[str, Any]] = [{"ios": [{"output": [1, 2]}, {"output": 3}]}, {"ios": [{"output": {"z": 1.0}}]}]
+    train: list[dict[str, Any]] = [{"ios": [{"output": [1, 2]}, {"output": 3}]}]
+    train += [{"ios": [{"output": {"z": x}}]} for x in (1.0, 1 / 3, 1e-300, float("inf"), float("nan"), 2**70)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, train)))
     (folder / "test.jsonl").write_text('{"ios": []}')
     assert repr(list(records(str(folder)))) == repr(train)
     assert list(records(str(folder), "test")) == [{"ios": []}]
-    with pytest.raises(UserError, match=r"cannot load the split 'dev' \(Unknown split \"dev\"\. Should be one of"):
+    (folder / "train.jsonl").rename(folder / "train-00000-of-00002.jsonl")
+    (folder / "train-00001-of-00002.jsonl").write_text('{"ios": [0]}')
+    assert [len(row["ios"]) for row in records(str(folder))] == [2, *[1] * 7]
+    with pytest.raises(UserError, match=r"cannot load the split 'dev' \(there is train, test\); give"):
         records(str(folder), "dev")
 
 
@@ -108,3 +112,10 @@ def test_what_is_malformed_is_named_in_one_sentence(tmp_path: Path, name: str, c
     with pytest.raises(UserError, match=message) as e:
         list(records(str(tmp_path / name)))
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_folder_may_hold_what_only_the_library_reads(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/train.csv").write_text("a,b\n1,x\n")
+    assert list(records(str(tmp_path / "folder"))) == [{"a": 1, "b": "x"}]
