@@ -185,6 +185,12 @@ def test_programs_leave_nothing_to_each_other(complete: Sandbox) -> None:
     assert complete.call(Call("def f(x): return [len(x), round(math.pi)]", "f", "abc")) == Outcome("[3, 3]")
 
 
+def test_what_a_program_prints_is_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    program = "import os, sys\ndef f(x):\n print(x)\n os.write(2, b'x')\n return print(x, file=sys.stderr)"
+    assert Sandbox(jails=1).call(Call(program, "f", 1)) == Outcome("null")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_ordinary_programs_run(complete: Sandbox) -> None:
     for program, result in {
         "from dataclasses import *\n@dataclass\nclass P:\n x: 'int'\ndef f(x): return asdict(P(x))": '{"x": 1}',
