@@ -190,8 +190,8 @@ class Config:
     """Which channels learn: fst, rl, gepa, rl-then-gepa, fst-distill."""
     stream: str = "glyph:A@60,glyph:B@60"
     """Stages TASK@STEPS in order: glyph:A, glyph:A/B (sliced), star_graph:4x3, jsonl:FILE, codeio:SOURCE, math:SOURCE,
-    hover:SOURCE (published data: a file, a folder or a Hugging Face dataset). Within a stage, without labels:
-    glyph:A+glyph:B draws each problem from one of them, glyph:A>glyph:B shifts gradually from one to the other,
+    hover:SOURCE, physics:SOURCE (published data: a file, a folder or a Hugging Face dataset). Within a stage, without
+    labels: glyph:A+glyph:B draws each problem from one of them, glyph:A>glyph:B shifts gradually from one to the other,
     glyph:A>>glyph:B switches halfway; in a mixture eval.problems are those of each task."""
     run_dir: str = ""
     """Where the run is written; empty = runs/<mode>-<date>-<time>."""

@@ -9,14 +9,16 @@ from fst_fast.tasks.hover import HoverTask
 from fst_fast.tasks.jsonl import JsonlOptions, JsonlTask
 from fst_fast.tasks.math import MathTask
 from fst_fast.tasks.mixture import Mixture, is_mixture
+from fst_fast.tasks.physics import PhysicsTask
 from fst_fast.tasks.published import PublishedOptions
 from fst_fast.tasks.star_graph import StarGraphTask
 from fst_fast.tasks.task import Task
 
 FORMS = (
     "glyph:A (rule A to Z of the run's seed), glyph:A/B (sliced), star_graph:ARMSxLENGTH (e.g. star_graph:4x3), "
-    "jsonl:PATH (a file of problems), codeio:SOURCE, math:SOURCE, hover:SOURCE (published data: a file, a folder or a "
-    "dataset; codeio-ood, math-ood, hover-ood: what they do not train on); or a mixture of them, A+B, A>B or A>>B"
+    "jsonl:PATH (a file of problems), codeio:SOURCE, math:SOURCE, hover:SOURCE, physics:SOURCE (published data: a "
+    "file, a folder or a dataset; codeio-ood, math-ood, hover-ood, physics-ood: what they do not train on); or a "
+    "mixture of them, A+B, A>B or A>>B"
 )
 
 
@@ -36,6 +38,8 @@ def make_task(spec: str, *, seed: int, jsonl: JsonlOptions | None = None, data: 
             return MathTask(rest, seed, data or PublishedOptions(), unseen=kind == "math-ood")
         case "hover" | "hover-ood":
             return HoverTask(rest, seed, data or PublishedOptions(), unseen=kind == "hover-ood")
+        case "physics" | "physics-ood":
+            return PhysicsTask(rest, seed, data or PublishedOptions(), unseen=kind == "physics-ood")
         case "codeio" | "codeio-ood":
             return CodeioTask(rest, seed, data or PublishedOptions(), unseen=kind == "codeio-ood")
     raise UserError(f"task {spec!r}: there is no such task; known are {FORMS}.")

@@ -22,7 +22,7 @@ UNFINISHED = re.compile(r"\\(sum|prod|int|iint|oint|lim)(?![a-z])")  # the quest
 class MathTask(PublishedTask):
     def __init__(self, source: str, seed: int, options: PublishedOptions, *, unseen: bool = False):
         super().__init__(f"math{'-ood' if unseen else ''}:{source}", seed, PROMPT, options)
-        self._checker = MathChecker()
+        self._checker = MathChecker(strict=True)
         if unseen:
             self.train, self.validation = [], self._read(source, "test")
         else:
@@ -59,6 +59,8 @@ def verdict(checker: MathChecker, expected: str, answer: str | None) -> Verdict:
         return Verdict(0.0, f"{said} expected: {expected:.300}", parts)
     shown = f"\\boxed{{{answer:.200}}}"
     unfinished = UNFINISHED.search(answer)
+    if answer and _same(answer) == _same(expected):
+        return Verdict(1.0, "correct.", dict.fromkeys(parts, 1.0))
     if len(answer) > LONGEST_ANSWER:
         outcome, said = "wrong", f"the box holds {len(answer)} characters: it should hold the final answer alone."
     elif unfinished and not UNFINISHED.search(expected):
@@ -66,7 +68,7 @@ def verdict(checker: MathChecker, expected: str, answer: str | None) -> Verdict:
     else:
         outcome, read = checker.compare(expected, f"\\boxed{{{answer.rstrip('. ')}}}")
         if outcome == "no answer":  # nothing mathematical, so its text is the answer
-            outcome, read = ("right" if _plain(answer) == _plain(expected) else "wrong"), answer[:200]
+            outcome, read = ("right" if _same(answer).lower() == _same(expected).lower() else "wrong"), answer[:200]
         parts["read"] = float(outcome in ("right", "wrong"))
         said = {
             "right": "correct.",
@@ -79,6 +81,8 @@ def verdict(checker: MathChecker, expected: str, answer: str | None) -> Verdict:
     return Verdict(0.0, f"{said} expected: {expected:.300}", parts)
 
 
-def _plain(text: str) -> str:
-    """Without LaTeX's font commands, spaces and case."""
-    return re.sub(r"\\(text|mathrm|textbf|mathbf)|[\s{}$]|\\[ ,;!]", "", text).lower()
+def _same(text: str) -> str:
+    """The text without what changes nothing in LaTeX: fonts, spaces but between digits, braces around one sign."""
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|boldsymbol)(?![a-zA-Z])|(?<!\\)\\[ ,;:!]|\$", "", text)
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)
+    return re.sub(r"\{(\\[a-zA-Z]+|[^{}\\])\}", r"\1", text)

@@ -1,16 +1,20 @@
 """math-verify in a process of its own, killed when it hangs.
 
 Its own timeouts use signals: they work in main threads only, and cannot interrupt one long operation (9^9^9^9). Run as
-a script, this file is that process: JSON lines of [answer, response] in, of [outcome, what was read] out.
+a script, this file is that process: JSON lines of [answer, response] in ([null, expression] for its value), of
+[outcome, what was read] out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
+from typing import Any
 
 SECONDS = 10.0  # for one response, after which it counts as wrong
 LONGEST = 8000  # characters of a response that are read, from its end
@@ -18,10 +22,15 @@ MEMORY = 4 << 30  # bytes of address space of the process
 
 
 class MathChecker:
-    """Starts its process on first use, and again after a hang or a crash. Safe to share between threads."""
+    """Starts its process on first use, and again after a hang or a crash. Safe to share between threads.
 
-    def __init__(self, seconds: float = SECONDS):
+    `strict` reads LaTeX only, not the last number of a text that is none; without `units` a last letter is no unit that
+    may be left out: v^2 m is not v^2.
+    """
+
+    def __init__(self, seconds: float = SECONDS, *, strict: bool = False, units: bool = True):
         self.seconds = seconds
+        self._arguments = ["-P", __file__, *(["strict"] if strict else []), *([] if units else ["bare"])]
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
@@ -33,6 +42,14 @@ class MathChecker:
 
     def compare(self, answer: str, response: str) -> tuple[str, str]:
         """(outcome as of `check`, the expression that was read in the response, cut to 200 characters)."""
+        return self._ask([answer, response[-LONGEST:]])
+
+    def value(self, expression: str) -> float | None:
+        """The real number that an expression is, to 15 digits; None when it is none, or cannot be told in time."""
+        found = self._ask([None, f"\\boxed{{{expression[-LONGEST:]}}}"])[1]
+        return float(found) if found else None
+
+    def _ask(self, question: list[str | None]) -> tuple[str, str]:
         with self._lock:
             process = self._process or self._start()
             assert process.stdin is not None
@@ -40,7 +57,7 @@ class MathChecker:
             deadline = threading.Timer(self.seconds, process.kill)
             deadline.start()
             try:
-                process.stdin.write(json.dumps([answer, response[-LONGEST:]]) + "\n")
+                process.stdin.write(json.dumps(question) + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except BrokenPipeError:
@@ -58,7 +75,7 @@ class MathChecker:
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(  # -P: this folder is no place to import from
-            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, *self._arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
@@ -70,7 +87,8 @@ def serve() -> None:
     import logging
     import resource
 
-    from math_verify import parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     logging.disable()
     if sys.platform == "linux":
@@ -78,13 +96,24 @@ def serve() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the libraries print is not an outcome
 
-    def compare(answer: str, response: str) -> tuple[str, str]:
-        gold = parse(
-            answer if any(s in answer for s in ("$", "\\(", "\\[", "\\boxed")) else f"${answer}$", parsing_timeout=None
+    latex = LatexExtractionConfig()
+    if "bare" in sys.argv:
+        latex = LatexExtractionConfig(
+            normalization_config=NormalizationConfig(
+                basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+            )
         )
+
+    targets = [latex] if "strict" in sys.argv else [latex, ExprExtractionConfig()]
+
+    def read(text: str) -> list[Any]:
+        return parse(text, targets, parsing_timeout=None)
+
+    def compare(answer: str, response: str) -> tuple[str, str]:
+        gold = read(answer if any(s in answer for s in ("$", "\\(", "\\[", "\\boxed")) else f"${answer}$")
         if not gold:
             return "no answer", ""
-        found = parse(response, parsing_timeout=None)
+        found = read(response)
         if not found:
             return "no response", ""
         outcome = "right" if verify(gold, found, timeout_seconds=None) else "wrong"
@@ -93,9 +122,17 @@ def serve() -> None:
         except ValueError:  # Python writes no whole number of more than 4300 digits
             return outcome, "a huge number"
 
+    def value(expression: str) -> tuple[str, str]:
+        for found in parse(expression, [latex], fallback_mode="no_fallback", parsing_timeout=None):
+            with contextlib.suppress(TypeError, ValueError, OverflowError, AttributeError):
+                number = float(found.evalf())
+                return ("value", repr(number)) if math.isfinite(number) else ("none", "")
+        return "none", ""
+
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        print(json.dumps(compare(*json.loads(line))), file=out, flush=True)
+        answer, response = json.loads(line)
+        print(json.dumps(value(response) if answer is None else compare(answer, response)), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ class PublishedOptions:
     """codeio: programs that are read, from the source's beginning; three examples of each make six problems."""
     seconds: Annotated[float, Field(gt=0, le=600)] = 2.0
     """codeio: wall time a program may take."""
+    unseen: str = "Modern Physics"
+    """physics: the domain that is left out, and is what physics-ood has."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """physics: relative error that a number may have."""
 
 
 class PublishedTask:

@@ -72,6 +72,10 @@ def test_out_of_distribution_is_another_source_held_out_whole() -> None:
         ("45", "\\boxed{\\sum_{k=1}^{9} k}", 0, r"is left unevaluated (\sum)"),
         ("102", "\\boxed{" + "1+" * 2000 + "1}", 0, "the box holds 4001 characters"),
         ("\\text{B}", "\\boxed{\\textbf{B}}", 1, "correct."),
+        ("c_v \\propto T", "\\boxed{c_{v}\\propto T}", 1, "correct."),
+        ("\\frac{1}{23}", "\\boxed{\\frac{12}{3}}", 0, "was read as 4"),
+        ("12", "\\boxed{1 2}", 0, "which is wrong"),
+        ("12", "\\boxed{one could think of 12}", 0, "expected: 12"),
         ("\\text{B}", "\\boxed{\\text{A}}", 0, "which is wrong"),
     ],
 )  # fmt: skip
