@@ -470,6 +470,7 @@ def choose_rollouts(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
     often = [name for name, _ in Counter(str(r.get("prompt_id")) for r in shown).most_common(FILTERED_PROMPTS)]
     for r in shown:
         name, reward = str(r.get("prompt_id")), r.get("reward", 0)
+        r["weights"] = next((version for version, _ in r.get("versions", ())), "?")
         r["tags"] = [
             f"p{often.index(name)}" if name in often else "p-other",
             "solved" if reward >= 1 else "part" if reward > 0 else "failed",

@@ -239,7 +239,7 @@ def test_a_run_shows_its_numbers_prompts_edits_rollouts_and_what_to_know(tmp_pat
         "ln 1280 ≈ 7 nats", "mean nothing with 3 seeds", "18,960, of them GEPA's 3,600 (19%)", "72 calls, $0.12",
         "12 proposals accepted, 24 rejected", "36 refused", "minibatch 0.125 → 0.500",
         "the order is wrong; expected dcba", "[D,C,B,A];", "mean log-prob -0.440", "steps 60 to 74",
-        "levels = [0.5, 0.9]", "no other is better on", "72 seconds",
+        "levels = [0.5, 0.9]", "no other is better on", "72 seconds", "weights 119, torch",
     ):  # fmt: skip
         assert wanted in page.text, wanted
     assert "has not ended" not in page.text

@@ -70,9 +70,7 @@ def continual(setting: Setting, runs: Runs) -> Result:
 # -------------------------------------------------------------------------------------------------------------- drift
 
 DRIFTS = Claim("On a task that drifts into another one without a marker FST is ahead of RL", "asked by others")
-FOLLOWS = Claim(
-    "... and the population follows: at the end most of its prompts are better on the new task", "no number"
-)
+FOLLOWS = Claim("... and the population follows: at the end its best prompt is better on the new task", "no number")
 INTERLEAVES = Claim("On two tasks interleaved without labels FST is ahead of RL", "asked by others")
 
 
@@ -100,14 +98,14 @@ def drift(setting: Setting, runs: Runs) -> Result:
     rows = []
     for quarter in range(5):
         at = [[run.evals[quarter * (len(run.evals) - 1) // 4] for run in of] for of in (rl, fst)]
-        shares = [list(r["by_task"].values()) for r in at[1]]
+        tasks = [list(r["by_task"].values()) for r in at[1]]
         rows.append(
             [
                 f"drifting, step {at[0][0]['step']}",
-                f"{shares[0][1]['weight']:.0%}",
+                f"{tasks[0][1]['weight']:.0%}",
                 each([r["reward"] for r in at[0]]),
                 each([r["reward"] for r in at[1]]),
-                *(each([s[i]["reward"] for s in shares]) for i in (0, 1)),
+                *(each([t[i]["reward"] for t in tasks]) for i in (0, 1)),
                 each([newer(run, r) for run, r in zip(fst, at[1], strict=True)], ".0%"),
             ]
         )
@@ -123,11 +121,13 @@ def drift(setting: Setting, runs: Runs) -> Result:
         ]
     )
     ahead = minus([area(run) for run in fst], [area(run) for run in rl])
-    majority = [newer(run, run.evals[-1]) - 0.5 for run in fst]
+    at_end = [[part["reward"] for part in run.evals[-1]["by_task"].values()] for run in fst]
+    followed = [new - old for old, new in at_end]
+    shares = each([newer(run, run.evals[-1]) for run in fst], ".0%")
     together = minus([area(run) for run in mixed["FST"]], [area(run) for run in mixed["RL"]])
     findings = [
         DRIFTS.judged(ahead, f"FST − RL {each(ahead, '+.3f')} in mean reward over the run, on the task as it then is"),
-        FOLLOWS.judged(majority, f"share of such prompts − ½: {each(majority, '+.2f')}"),
+        FOLLOWS.judged(followed, f"its reward there − on the old one {each(followed, '+.2f')}; so are {shares} of all"),
         INTERLEAVES.judged(together, f"FST − RL {each(together, '+.3f')} in mean reward over the run"),
     ]
     columns = ["", "share of the second task", "RL reward", "FST reward", "FST on the first", "FST on the second"]
