@@ -15,10 +15,11 @@ from typing import Annotated
 
 import tyro
 
-from fst_fast.config import MODES, PRESETS, Config, check, from_dict, preset
+from fst_fast.config import MODES, PRESETS, Config, check, check_installed, from_dict, preset
 from fst_fast.errors import EngineError, UserError
 from fst_fast.files import DISK_FULL
 from fst_fast.launch import QUIET, record
+from fst_fast.plan import PlanOptions
 from fst_fast.ranks import launched
 
 
@@ -26,7 +27,8 @@ from fst_fast.ranks import launched
 class TrainCommand:
     """Fast-Slow Training: evolve prompts (GEPA) and train weights (CISPO) in one loop.
 
-    Without arguments: the embedded run, FST on glyph with a task switch, on any machine in minutes.
+    Without arguments: the embedded run, FST on glyph with a task switch, on any machine in minutes. With --plan and any
+    flags: no work, but what the run would need in memory, tokens, time and money (--plan --help has more flags).
     """
 
     preset: str = ""
@@ -43,11 +45,19 @@ class TrainCommand:
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
+@dataclass(frozen=True)
+class PlanCommand(TrainCommand):
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
 def parse_train(argv: Sequence[str]) -> TrainCommand:
-    """The command line of `fst_fast.train`. Preset, mode and file are read first: they set the flags' defaults."""
+    """The command line of `fst_fast.train`, a PlanCommand with --plan or a flag of it. Preset, mode and file are read
+    first: they set the flags' defaults."""
     argv = [_flag(word) for word in argv]
+    planning = any(word == "--plan" or word.startswith("--plan.") for word in argv)
+    argv = [word for word in argv if word != "--plan"]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--mode", "--config-file", "--model.path", "--resume"):
+    for name in ("--preset", "--mode", "--config-file", "--model.path", "--plan.model", "--resume"):
         early.add_argument(name, default="")
     early.add_argument("--ranks", default=0, type=_rank_count)
     try:
@@ -56,7 +66,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         raise UserError(str(error)) from None
     if any(word.startswith("--resume") for word in argv):
         defaults = (known.preset, known.mode, known.config_file, getattr(known, "model.path"))
-        if others or any(defaults) or not known.resume:
+        if planning or others or any(defaults) or not known.resume:
             raise UserError(
                 "--resume takes a run directory and no other flag but --ranks: a run goes on as it was configured"
             )
@@ -68,17 +78,19 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         source = "" if known.mode else f"{known.config_file}: "
         raise UserError(f"{source}mode = {mode!r}: must be one of {', '.join(MODES)}")
     model = data.get("model", {})
-    path = getattr(known, "model.path") or (model.get("path", "") if isinstance(model, dict) else "")
+    given = getattr(known, "model.path") or getattr(known, "plan.model")
+    path = given or (model.get("path", "") if isinstance(model, dict) else "")
     name = known.preset or ("paper" if path else "glyph")
     if name not in PRESETS:
         raise UserError(f"preset = {name!r}: must be one of {', '.join(PRESETS)}")
     default = preset(name, mode)
     if data:
         default = from_dict(data, default, source=known.config_file)
+    command = PlanCommand if planning else TrainCommand
     return tyro.cli(
-        TrainCommand,
+        command,
         args=list(argv),
-        default=TrainCommand(preset=name, config_file=known.config_file, config=default),
+        default=command(preset=name, config_file=known.config_file, config=default),
         prog="python -m fst_fast.train",
         config=(tyro.conf.FlagConversionOff,),
     )
@@ -103,6 +115,7 @@ def config_from(argv: Sequence[str]) -> Config:
     """The checked configuration of a command line without --resume."""
     config = parse_train(argv).config
     check(config)
+    check_installed(config)
     return config
 
 

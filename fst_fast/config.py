@@ -19,6 +19,7 @@ from fst_fast.tasks.jsonl import JsonlOptions
 from fst_fast.tasks.published import PublishedOptions
 
 Mode = Literal["fst", "rl", "gepa", "rl-then-gepa", "fst-distill"]
+Recompute = Literal["off", "selective", "full"]
 MODES: tuple[Mode, ...] = ("fst", "rl", "gepa", "rl-then-gepa", "fst-distill")
 
 # What a field may hold; the upper ends only catch slips of the keyboard, inf and nan.
@@ -163,7 +164,7 @@ class SlowConfig:
     """Coefficient of the exact KL to the base model; 0 skips the base model's forward pass."""
     entropy_coef: Amount = 0.0
     """Coefficient of the entropy bonus."""
-    recompute: Literal["off", "selective", "full"] = "off"
+    recompute: Recompute = "off"
     """Activation checkpointing: what a layer computed is kept for the backward pass (off), its matrix products and
     attention are (selective), or only its input is and all else is computed again (full)."""
     offload: bool = False
@@ -209,6 +210,10 @@ class Config:
     """Log for TensorBoard."""
     progress: bool = True
     """Live progress on the terminal."""
+    price_per_gpu_hour: Amount = 0.0
+    """Dollars an hour of one GPU, for the run's accounting; 0 = unknown (a plan takes an assumed one)."""
+    peak_tflops: Amount = 0.0
+    """Peak dense TFLOP/s of one device in the weights' dtype, for MFU; 0 = the data sheet's bf16, none on a CPU."""
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     fast: FastConfig = field(default_factory=FastConfig)
@@ -290,13 +295,29 @@ def check(config: Config) -> None:
         raise UserError(
             "rollout.lookahead = 1: distillation corrects nothing for rollouts by older weights; use 0 with fst-distill"
         )
+    stages(config.stream)
+
+
+def check_installed(config: Config) -> None:
+    """Reject what this machine has not installed. Raises UserError."""
     if config.wandb and not find_spec("wandb"):
         raise UserError("wandb = True: it is not installed; pip install 'fst-fast[wandb]', or leave it out")
     if config.rollout.engine == "vllm" and not find_spec("vllm"):
         raise UserError(
             "rollout.engine: vllm is not installed; pip install 'fst-fast[vllm]' on a GPU machine, or use torch"
         )
-    stages(config.stream)
+
+
+def proposals_of(config: Config, *, first: bool) -> int:
+    """Children GEPA proposes in a cycle; `first` of its run or stage."""
+    fast = config.fast
+    proposals = fast.first_proposals if first else fast.proposals
+    if config.mode == "gepa":
+        # the rollouts that the steps would take, at what a proposal costs: two minibatches, and a scoring for the third
+        # of them that is accepted (measured on glyph)
+        steps = fast.every * config.rollout.problems * config.rollout.group_size
+        proposals += steps // (2 * fast.minibatch + fast.scoring_problems // 3)
+    return proposals
 
 
 def to_toml(config: Config) -> str:

@@ -21,7 +21,7 @@ from fst_fast import cli
 from fst_fast.errors import UserError
 from fst_fast.files import write_atomic
 from fst_fast.plots import LINES, PANELS, VARIABLES, Group, group_runs, svg
-from fst_fast.telemetry import Record, Run, count, number, parse, plain, read_lines, read_run
+from fst_fast.telemetry import Record, Run, cost_facts, count, number, parse, plain, read_lines, read_run
 
 MAX_BYTES = 3_000_000  # of a page
 MATRIX_COLUMNS = 192  # scoring problems of the paper's recipe
@@ -232,8 +232,6 @@ class _Texts:
 
 def view(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
     """Everything the page shows of one run, as plain data."""
-    spent = run.end["time"].get("seconds") if run.end and "time" in run.end else None
-    spent = spent or sum(r.get("time", {}).get("seconds", 0) for r in run.steps + run.evals + run.evolves)
     shown = members(run, texts, caps)
     slices = {str(r["problem_id"]): str(r["slice"]) for r in texts.rollouts if r.get("slice")}
     rollouts, gepa, toml = run.total("rollouts"), run.total("gepa_rollouts"), run.dir / "config.toml"
@@ -247,7 +245,7 @@ def view(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
         ("rollouts", f"{rollouts:,}, of them GEPA's {gepa:,} ({gepa / max(rollouts, 1):.0%})"),
         ("tokens", f"{run.total('tokens'):,}, of them GEPA's {run.total('gepa_tokens'):,}"),
         ("steps", f"{run.total('step'):,}"),
-        ("time", f"{spent / 60:.1f} minutes" if spent >= 120 else f"{spent:.0f} seconds"),
+        *cost_facts(run),
     ]
     return {
         "name": plain(run.dir.resolve().name, 60),

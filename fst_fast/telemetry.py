@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 SPENT = ("steps", "rollouts", "tokens")
+RATES = ("tokens_per_second", "mfu", "step_mfu", "watts", "utilisation", "memory")  # of a record's times: no sums
+SUMS = ("seconds", "gpu_hours", "gpu_dollars", "joules")  # the others are seconds of phases
 
 
 class Telemetry:
@@ -256,6 +258,20 @@ class Run:
         """Sum over the cycles of calls, prompt_tokens, completion_tokens, dollars or failures."""
         return sum(r.get("reflection", {}).get(key, 0) for r in self.evolves)
 
+    @cached_property
+    def spent(self) -> dict[str, float]:
+        """Sums of the records' times (meter.py): seconds, those of each phase, GPU-hours, dollars, joules."""
+        ended = (self.end,) if self.end else ()
+        times = [r["time"] for r in (*self.steps, *self.evals, *self.evolves, *ended) if "time" in r]
+        names = dict.fromkeys(name for time in times for name in time if name not in RATES)
+        return {name: sum(time.get(name, 0) for time in times) for name in names}
+
+    def utilisation(self, rate: str, over: str) -> float | None:
+        """Mean of a rate of the steps (mfu, step_mfu), weighted by the seconds `over` which it was taken."""
+        times = [r["time"] for r in self.steps if rate in r.get("time", {})]
+        weight = sum(time[over] for time in times)
+        return sum(time[rate] * time[over] for time in times) / weight if weight else None
+
     def levels(self) -> list[Record]:
         """Steps, rollouts and tokens from the stage's start to the first evaluation that reached each level."""
         wanted = self.config.get("eval", {}).get("levels", (0.5, 0.9))
@@ -353,12 +369,40 @@ def print_summary(run_dir: Path | str, console: Console | None = None) -> None:
         f"{run.total('tokens'):,} tokens, {run.total('gepa_tokens'):,} of them by GEPA",
         f"reflection: {run.reflection('calls'):,.0f} calls, ${run.reflection('dollars'):.2f}, "
         f"{run.reflection('failures'):,.0f} failures",
+        *(f"{name}: {value}" for name, value in cost_facts(run)),
         *run.notes,
     ]
     report = run.dir / "report.html"
     lines += [f"report: {report}"] if report.is_file() else []
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def cost_facts(run: Run) -> list[tuple[str, str]]:
+    """What a run took, (name, words): its time by phase; on a GPU what that costs, and how well it was used."""
+    spent = run.spent
+    seconds = spent.get("seconds", 0)
+    if not seconds:
+        return []
+    phases = sorted(((s, name) for name, s in spent.items() if name not in SUMS), reverse=True)
+    phases += [(seconds - sum(s for s, _ in phases), "other")] if phases else []
+    shares = ", ".join(f"{name} {s / seconds:.0%}" for s, name in phases if s >= 0.005 * seconds)
+    whole = f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+    facts = [("time", f"{whole}: {shares}" if shares else whole)]
+    if hours := spent.get("gpu_hours"):
+        cost = f", ${spent['gpu_dollars']:.2f}" if spent["gpu_dollars"] else ""
+        speed = f", {run.total('tokens') / hours / 3600:,.0f} sampled tokens/s per GPU"
+        facts.append(("GPU-hours", f"{hours:.2f}{cost}{speed}"))
+    times = [r["time"] for r in run.steps + run.evals + run.evolves if "watts" in r.get("time", {})]
+    if times:
+        share = sum(t["utilisation"] * t["seconds"] for t in times) / sum(t["seconds"] for t in times)
+        highest = max(t["memory"] for t in times) / 2**30
+        energy = f"{spent['joules'] / 3.6e6:.3f} kWh; at most {highest:.1f} GiB; a kernel ran {share:.0%} of the time"
+        facts.append(("energy", energy))
+    if (mfu := run.utilisation("mfu", "learn")) is not None:
+        whole_step = run.utilisation("step_mfu", "seconds")
+        facts.append(("model FLOPs utilisation", f"{mfu:.1%} of the peak in learning, {whole_step:.1%} in whole steps"))
+    return facts
 
 
 def number(value: object) -> str:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from fst_fast import checkpoint
-from fst_fast.cli import parse_train, read_config, run
-from fst_fast.config import Config, Stage, check, stages, to_toml
+from fst_fast.cli import PlanCommand, parse_train, read_config, run
+from fst_fast.config import Config, Stage, check, check_installed, proposals_of, stages, to_toml
 from fst_fast.context import check_room, longest_problem, room
 from fst_fast.data import make_order
 from fst_fast.errors import UserError
@@ -34,8 +34,11 @@ from fst_fast.fast.population import Member, distinct
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.files import Appender, write_atomic
 from fst_fast.launch import launch, workers
+from fst_fast.meter import Meter
 from fst_fast.model import Model, load_model, model_folder
+from fst_fast.plan import show as plan_run
 from fst_fast.ranks import Ranks, joined
+from fst_fast.rates import peak_flops
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
 from fst_fast.report import write_report
 from fst_fast.rollout import make_engine
@@ -44,6 +47,7 @@ from fst_fast.rollout.collect import Ask, Asked, Collector, version_metrics
 from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import Plan, Reused, RolloutStore, Rule, plan, reuse_metrics
 from fst_fast.seeding import stream
+from fst_fast.shape import shape_of
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner, StepReport
 from fst_fast.slow.policy import Policy
@@ -58,6 +62,9 @@ BASE_VERSION = -1  # policy_version of what the frozen base model sampled
 
 def main(argv: Sequence[str]) -> None:
     command = parse_train(argv)
+    if isinstance(command, PlanCommand):
+        plan_run(command.config, command.plan)
+        return
     if command.resume:
         run_dir = Path(command.resume)
         config = read_config(run_dir)
@@ -128,7 +135,9 @@ class Trainer:
     """The verbs of the loop, over the parts of a run and its state."""
 
     def __init__(self, config: Config, run_dir: Path, ranks: Ranks | None = None):
+        self.meter = Meter()
         check(config)
+        check_installed(config)
         torch.set_num_threads(config.threads)
         self.config, self.run_dir, self.ranks = config, run_dir, ranks or Ranks()
         self.stages = stages(config.stream)
@@ -148,6 +157,8 @@ class Trainer:
         self.longest = [longest_problem(self.model, t) for t in self.tasks]
         self._check_context()
         self.inputs = fingerprint([*self.tasks, *([self.ood] if self.ood else [])], self.base)
+        self.shape = shape_of(self.model.lm.config, sum(p.numel() for p in self.model.lm.parameters()), path)
+        self.peak = self.ranks.size * peak_flops(self.model.device, config.peak_tflops)
         recompute(self.model, config.slow.recompute)
         replica = self._shard() if self.ranks.mesh else None
         self.policy = Policy(self.model, config.slow)
@@ -191,7 +202,11 @@ class Trainer:
         self.serve(self.store)
         if resume:
             self.telemetry.log(f"resumed {run_dir} at step {self.state.step}")
-        return self.telemetry
+        self.meter.start(self.model.device, config.price_per_gpu_hour, self.telemetry.log, self.ranks)
+        parts = ExitStack()
+        parts.enter_context(self.telemetry)
+        parts.callback(self.meter.close)
+        return parts
 
     def restore(self) -> dict[str, int]:
         """Weights, optimizer and state of the newest good checkpoint; returns the lengths of the run's logs there,
@@ -215,7 +230,8 @@ class Trainer:
         sampling = SamplingParams(self.config.rollout.temperature, self.config.rollout.max_new_tokens)
         scheduler = Scheduler([self.engine], lookahead=self.config.rollout.lookahead)
         totals, seed = self.state.totals, self.config.seed
-        self.collector = Collector(self.model, scheduler, store, totals, sampling, seed, self.ranks)
+        phase = self.meter.phase
+        self.collector = Collector(self.model, scheduler, store, totals, sampling, seed, self.ranks, phase)
         self.engine.load_weights(self.model, self.state.step)
 
     def save(self) -> None:
@@ -231,7 +247,8 @@ class Trainer:
             "rollout_count": self.store.count,
         }
         state = {**self.state.to_dict(), "inputs": self.inputs, "offsets": offsets}
-        self.saver.save(self.policy, state)
+        with self.meter.phase("checkpoint"):
+            self.saver.save(self.policy, state)
         self.saved = self.state.step
 
     # -------------------------------------------------------------------------------------------------- the verbs
@@ -261,14 +278,9 @@ class Trainer:
 
     def evolve(self, *, proposals: int | None = None) -> None:
         """One GEPA cycle with the weights as they are, on the problems of the next T batches."""
-        config, started = self.config.fast, time.monotonic()
+        config = self.config.fast
         if proposals is None:
-            proposals = config.first_proposals if self.state.step == self.stage.start else config.proposals
-            if self.config.mode == "gepa":
-                # the rollouts that the steps would take, at what a proposal costs: two minibatches, and a scoring
-                # for the third of them that is accepted (measured on glyph)
-                steps = config.every * self.config.rollout.problems * self.config.rollout.group_size
-                proposals += steps // (2 * config.minibatch + config.scoring_problems // 3)
+            proposals = proposals_of(self.config, first=self.state.step == self.stage.start)
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
             self.engine.load_weights(self.base, BASE_VERSION)
         ahead = self._lookahead(self.state.step)
@@ -281,25 +293,27 @@ class Trainer:
         def rollouts_of(pairs: Sequence[tuple[Prompt, Problem]], scoring: bool) -> list[Rollout]:
             nonlocal calls
             calls += 1
-            asked, self.heat = self.heat or self._ask_gepa(pairs, scoring, calls), None
-            return self.collector.finish(asked)
+            with self.meter.phase("scoring" if scoring else "minibatch"):
+                asked, self.heat = self.heat or self._ask_gepa(pairs, scoring, calls), None
+                return self.collector.finish(asked)
 
         reflector = self.reflectors[self.stage.index]
         assert reflector is not None
-        evolution = evolve(
-            self.state.pool,
-            ahead[: config.scoring_problems],
-            ahead,
-            rollouts_of,
-            reflector,
-            config,
-            proposals=proposals,
-            seed=self.config.seed,
-            cycle=self.state.cycle,
-            first=[p for p in self.task.train if p.id in failed],
-            blind=self._reuses,
-            fits=self._fits,
-        )
+        with self.meter.phase("reflect"):  # and what GEPA does by itself
+            evolution = evolve(
+                self.state.pool,
+                ahead[: config.scoring_problems],
+                ahead,
+                rollouts_of,
+                reflector,
+                config,
+                proposals=proposals,
+                seed=self.config.seed,
+                cycle=self.state.cycle,
+                first=[p for p in self.task.train if p.id in failed],
+                blind=self._reuses,
+                fits=self._fits,
+            )
         if self.config.mode == "fst-distill":
             self.engine.load_weights(self.model, self.state.step)
         self.state.pool, self.state.population = list(evolution.pool), list(evolution.population)
@@ -309,33 +323,25 @@ class Trainer:
         new = self.state.cycle == 0 or self.state.step == self.stage.start
         lines = lineage(evolution, Prompt(self.task.seed_prompt) if new else None)
         self.lineage.write("".join(json.dumps({**where, **line}) + "\n" for line in lines))
-        record = {"kind": "evolve", **where, **summary(evolution), "time": {"seconds": time.monotonic() - started}}
+        record = {"kind": "evolve", **where, **summary(evolution), "time": self.meter.read()}
         self.telemetry.write(record, prompt=self.state.best.text)
         self.state.cycle += 1
 
     def learn(self) -> None:
         """One step: rollouts of the next batch, spread over the prompts, and one slow step on their groups."""
         started = time.monotonic()
-        report, rollouts, sampled, lr = StepReport(0, 0, {}), [], started, self.policy.lr
+        report, rollouts, lr = StepReport(0, 0, {}), [], self.policy.lr
         reuse, before = Plan(self.state.reused.cap), replace(self.engine.stats)
         if self.config.mode != "gepa":
-            batch = self.ahead or self._ask(self.state.step)
-            self._ask_ahead()
-            rollouts, reuse = self._batch_rollouts(batch), batch.reuse
-            sampled = time.monotonic()
-            rng = stream(self.config.seed, "minibatches", self.state.step)
-            if self.config.mode == "fst-distill":
-                contexts = [
-                    self.model.encode_chat(self.task.messages(self.state.best.text, r.problem)) for r in rollouts
-                ]
-                report = self.learner.distill(rollouts, contexts, rng)
-            else:
-                groups = group_by_problem(rollouts)
-                report = self.learner.step(groups, rng)
-                if self.config.fast.failed_first and self.config.mode == "fst":
-                    self.state.failed += [g.problem.id for g in groups if not any(r.reward for r in g.rollouts)]
+            with self.meter.phase("rollout"):
+                batch = self.ahead or self._ask(self.state.step)
+                self._ask_ahead()
+                rollouts, reuse = self._batch_rollouts(batch), batch.reuse
+            with self.meter.phase("learn"):
+                report = self._learn_from(rollouts)
         self.state.step += 1
-        self.collector.engine.load_weights(self.model, self.state.step)  # what was asked ahead goes on with them
+        with self.meter.phase("sync"):
+            self.collector.engine.load_weights(self.model, self.state.step)  # what was asked ahead goes on with them
         tokens = sum(len(r.response_ids) for r in rollouts)
         fresh = [r for r in rollouts if r.purpose == "rl"]
         prompts = self.ranks.total(
@@ -344,7 +350,7 @@ class Trainer:
                 "computed": self.engine.stats.computed_prompt_tokens - before.computed_prompt_tokens,
             }
         )
-        now = time.monotonic()
+        seconds = time.monotonic() - started
         record: dict[str, Any] = {"kind": "step", **self._where()}
         if rollouts:
             record |= {
@@ -364,15 +370,9 @@ class Trainer:
             record["reuse"] = reuse_metrics(
                 reuse, rollouts, report.log_ratios, version=self.state.step - 1, weight_max=self.config.slow.weight_max
             )
-        record |= {
-            **asdict(self.state.totals),
-            "time": {
-                "seconds": now - started,
-                "rollout": sampled - started,
-                "learn": now - sampled,
-                "tokens_per_second": sum(len(r.response_ids) for r in fresh) / max(now - started, 1e-9),
-            },
-        }
+        record |= asdict(self.state.totals)
+        record["time"] = self.meter.read() | {"tokens_per_second": sum(len(r.response_ids) for r in fresh) / seconds}
+        record["time"] |= self._mfu(fresh, report, record["time"])
         self.telemetry.write(record, prompt=self.state.best.text)
         if not self.checked_update:  # the first new weights have reached the engine, and no KV of the old is left
             check_engine(self.engine, self.model)
@@ -380,14 +380,9 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out reward and KL of what the run would deploy now."""
-        started = time.monotonic()
-        record = {
-            "kind": "eval",
-            **self._where(),
-            **self.held_out(self.task, self.names[self.stage.index], at=self.stage.place(self.state.step)),
-            **asdict(self.state.totals),
-        }
-        record["time"] = {"seconds": time.monotonic() - started}
+        with self.meter.phase("eval"):
+            found = self.held_out(self.task, self.names[self.stage.index], at=self.stage.place(self.state.step))
+        record = {"kind": "eval", **self._where(), **found, **asdict(self.state.totals), "time": self.meter.read()}
         self.telemetry.write(record, prompt=self.state.best.text)
 
     def held_out(self, task: Task, stream_name: str, others: Sequence[Prompt] = (), at: float = 1.0) -> dict[str, Any]:
@@ -425,7 +420,8 @@ class Trainer:
             return
         levels = self.ranks.first(lambda: read_run(self.run_dir).levels())
         reflection = asdict(self.state.reflection)
-        self.telemetry.write({"kind": "end", "step": self.state.step, "levels": levels, "reflection": reflection})
+        record = {"kind": "end", "step": self.state.step, "levels": levels, "reflection": reflection}
+        self.telemetry.write(record | {"time": self.meter.read()})
         self.state.complete = True
         self.save()
         self.saver.settle()
@@ -516,6 +512,34 @@ class Trainer:
         means = [pool.get(p, 0.0) for p in prompts]
         return [p for p, of in zip(prompts, means, strict=True) if of == max(means)]
 
+    def _learn_from(self, rollouts: Sequence[Rollout]) -> StepReport:
+        rng = stream(self.config.seed, "minibatches", self.state.step)
+        if self.config.mode == "fst-distill":
+            contexts = [self.model.encode_chat(self.task.messages(self.state.best.text, r.problem)) for r in rollouts]
+            return self.learner.distill(rollouts, contexts, rng)
+        groups = group_by_problem(rollouts)
+        if self.config.fast.failed_first and self.config.mode == "fst":
+            self.state.failed += [g.problem.id for g in groups if not any(r.reward for r in g.rollouts)]
+        return self.learner.step(groups, rng)
+
+    def _mfu(self, fresh: Sequence[Rollout], report: StepReport, spent: Mapping[str, float]) -> dict[str, float]:
+        """Model FLOPs utilisation of learning alone and of the whole step, where the peak is known (shape.py counts).
+
+        Learning: three forward passes' worth of the policy over what was trained on, one of the base for the exact KL.
+        The whole step: also one over the fresh rollouts. Recomputation and the reuse gate are no model FLOPs.
+        """
+        if not self.peak or not report.log_ratios:
+            return {}
+        batches = [r for r, _ in report.log_ratios], fresh
+        trained, sampled = (
+            self.shape.forward_flops((len(r.prompt_ids), len(r.response_ids)) for r in batch) for batch in batches
+        )
+        learned = trained * (4 if self.config.slow.kl_coef else 3)
+        return {
+            "mfu": learned / spent["learn"] / self.peak,
+            "step_mfu": (learned + sampled) / spent["seconds"] / self.peak,
+        }
+
     def _plan(self, asks: Sequence[Ask], step: int) -> Plan:
         """Which of the asks of `step` GEPA's evaluations answer."""
         rule = Rule(
@@ -526,7 +550,8 @@ class Trainer:
             cap=self.config.fast.reuse_cap * self.state.reused.cap,
             used=frozenset(self.state.reused.used),
         )
-        found = plan(asks, self.store.scored, rule, self.learner.log_ratios)
+        with self.meter.phase("gate"):
+            found = plan(asks, self.store.scored, rule, self.learner.log_ratios)
         if found.cap < rule.cap:
             self.state.reused.cap /= 2
         return found

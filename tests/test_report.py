@@ -160,7 +160,7 @@ def make_run(
                 )
         step += steps
     if ended:
-        metrics.append({"kind": "end", "step": step, "levels": [], "time": {"seconds": 72.0}})
+        metrics.append({"kind": "end", "step": step, "levels": [], "time": {"seconds": 17.0}})
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "population.jsonl", population)
     write_lines(folder / "rollouts" / "rollouts.jsonl", rollouts)

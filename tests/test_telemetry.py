@@ -6,17 +6,23 @@ import io
 import json
 import re
 import sys
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from fst_fast.config import GLYPH, Config
 from fst_fast.errors import UserError
+from fst_fast.meter import Meter
 from fst_fast.telemetry import Telemetry, count, plain, print_summary, read_run, scalars
+from fst_fast.train import main
 
 CONFIG = replace(GLYPH, tensorboard=False)
 EVIL = "[red]first[/red] line\nsecond \x1b[31mred\x07 \ud800 \u202egnp.exe {{7*7}} " + "x" * 10**6
@@ -265,3 +271,166 @@ def test_counts_for_people(value: float, shown: str) -> None:
 def test_plain_text_is_one_short_printable_line() -> None:
     assert plain("a\n b\t\x00c\u2028d", 80) == "a b �c d"
     assert plain("x" * 10**7, 5) == "xxxx…"
+
+
+# ------------------------------------------------------------------------------------------------------- the meter
+
+
+class FakeNvml:
+    """What of pynvml is called: 300 W, then 500 W from the second reading on; `dies` after so many readings."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, dies: int = 10**9, missing: str = ""):
+        self.readings, self.dies, self.missing, self.shut = 0, dies, missing, 0
+        self.asked: list[str] = []
+
+    def nvmlInit(self) -> None:
+        if self.missing:
+            raise self.NVMLError(self.missing)
+
+    def nvmlShutdown(self) -> None:
+        self.shut += 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        self.asked.append(uuid)
+        return "handle"
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        assert handle == "handle"
+        self.readings += 1
+        if self.readings > self.dies:
+            raise self.NVMLError("GPU is lost")
+        return 300_000 if self.readings == 1 else 500_000
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
+        return SimpleNamespace(used=(10 + self.readings) * 2**30)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
+        return SimpleNamespace(gpu=50)
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    fake = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr("fst_fast.meter.INTERVAL", 0.01)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234-ab"))
+    return fake
+
+
+def wait_for(said: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if said():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_energy_is_the_integral_of_power_over_the_time_between_readings(nvml: FakeNvml) -> None:
+    meter, logged = Meter(), list[str]()
+    meter.start(CUDA, 3.0, logged.append)
+    wait_for(lambda: nvml.readings >= 6)
+    spent = meter.read()
+    meter.close()
+    assert nvml.asked == ["GPU-1234-ab"]
+    assert 400 < spent["watts"] <= 500  # trapezoids: 400 W up to the second reading, then 500
+    assert spent["joules"] == pytest.approx(spent["watts"] * spent["seconds"], rel=0.5)
+    assert 15 <= spent["memory"] / 2**30 <= 10 + nvml.readings
+    assert spent["utilisation"] == pytest.approx(0.5)
+    assert spent["gpu_hours"] == pytest.approx(spent["seconds"] / 3600)
+    assert spent["gpu_dollars"] == pytest.approx(3.0 * spent["gpu_hours"])
+    assert logged == []
+
+
+def test_the_sampling_thread_ends_with_the_meter_and_gives_nvml_back(nvml: FakeNvml) -> None:
+    meter = Meter()
+    meter.start(CUDA, 0.0, lambda _: None)
+    assert "nvml" in {t.name for t in threading.enumerate()}
+    meter.close()
+    assert "nvml" not in {t.name for t in threading.enumerate()}
+    assert nvml.shut == 1
+
+
+def test_a_gpu_that_stops_answering_is_said_once_and_the_run_goes_on(nvml: FakeNvml) -> None:
+    nvml.dies = 3
+    meter, logged = Meter(), list[str]()
+    meter.start(CUDA, 0.0, logged.append)
+    wait_for(lambda: bool(logged))
+    assert "joules" in meter.read()
+    assert "joules" not in meter.read()
+    meter.close()
+    assert logged == ["power and energy are not measured any more: GPU is lost"]
+
+
+def test_without_nvml_the_log_says_so_once_and_gpu_hours_are_still_counted(
+    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml
+) -> None:
+    for module, said in ((None, "pip install nvidia-ml-py"), (FakeNvml(missing="no driver"), "no driver")):
+        monkeypatch.setitem(sys.modules, "pynvml", module)
+        meter, logged = Meter(), list[str]()
+        meter.start(CUDA, 1.0, logged.append)
+        assert len(logged) == 1
+        assert said in logged[0]
+        spent = meter.read()
+        assert "joules" not in spent
+        assert spent["gpu_hours"] > 0
+        meter.close()
+
+
+def test_a_cpu_has_seconds_by_phase_alone_and_nobody_looks_for_a_gpu(nvml: FakeNvml) -> None:
+    meter = Meter()
+    meter.start(torch.device("cpu"), 2.0, lambda _: pytest.fail("nothing to say"))
+    with meter.phase("outer"), meter.phase("inner"):
+        time.sleep(0.02)
+    with meter.phase("inner"):
+        time.sleep(0.01)
+    spent = meter.read()
+    assert set(spent) == {"seconds", "outer", "inner"}
+    assert spent["inner"] >= 0.03 > 0.02 > spent["outer"]  # a phase inside another counts for itself
+    assert spent["seconds"] >= spent["inner"] + spent["outer"]
+    assert set(meter.read()) == {"seconds"}
+    assert not nvml.readings
+    meter.close()
+
+
+def on_gpu(n: int, **more: float) -> dict[str, Any]:
+    time = {"seconds": 10.0, "learn": 4.0, "rollout": 5.0, "gpu_hours": 0.5, "gpu_dollars": 1.0, "joules": 1.8e6}
+    return step(n, time=time | {"watts": 500.0, "memory": n * 2**30, "utilisation": 0.5, "mfu": 0.1 * n} | more)
+
+
+def test_totals_are_sums_of_what_adds_up_and_weighted_means_of_rates(tmp_path: Path) -> None:
+    records = [on_gpu(1, step_mfu=0.1), on_gpu(3, learn=12.0, seconds=30.0, step_mfu=0.2, rollout=15.0), evolution(3)]
+    run = read_run(write_run(tmp_path, records))
+    assert run.spent["seconds"] == 42
+    assert run.spent["learn"] == 16
+    assert not {"mfu", "watts", "memory", "utilisation"} & set(run.spent)
+    assert run.utilisation("mfu", "learn") == pytest.approx((0.1 * 4 + 0.3 * 12) / 16)
+    print_summary(tmp_path, out := console())
+    shown = text_of(out)
+    for wanted in ("time: 42 seconds: rollout 48%, learn 38%, other 14%", "GPU-hours: 1.00, $2.00, 1 sampled tokens/s",
+                   "1.000 kWh; at most 3.0 GiB; a kernel ran 50% of the time",
+                   "model FLOPs utilisation: 25.0% of the peak in learning, 17.5% in whole steps"):  # fmt: skip
+        assert wanted in shown, wanted
+
+
+def test_a_real_run_accounts_for_its_time_and_with_a_peak_for_its_flops(tmp_path: Path) -> None:
+    flags = {
+        "run-dir": tmp_path / "run", "stream": "glyph:A@2", "threads": 1, "progress": False, "tensorboard": False,
+        "rollout.problems": 8, "fast.every": 2, "fast.first-proposals": 4, "eval.problems": 4, "peak-tflops": 1e-3,
+    }  # fmt: skip
+    main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    run = read_run(tmp_path / "run")
+    assert set(run.spent) == {
+        "seconds", "rollout", "gate", "learn", "sync", "scoring", "minibatch", "reflect", "verify", "eval", "checkpoint"
+    }  # fmt: skip
+    assert sum(s for name, s in run.spent.items() if name != "seconds") <= run.spent["seconds"]
+    trained = [r for r in run.steps if r["live_groups"]]
+    assert trained
+    for r in trained:
+        assert r["time"]["step_mfu"] > 0
+        assert 0 < r["time"]["mfu"] < 1e3

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -55,6 +56,7 @@ class Collector:
     """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one.
 
     Every rank is asked for the same, samples its share with an engine of its own, and returns it all.
+    `phase("verify")` is entered while responses are decoded and verified (meter.py).
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class Collector:
         sampling: SamplingParams,
         seed: int,
         ranks: Ranks | None = None,
+        phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ):
         self.model, self.engine, self.store, self.totals = model, engine, store, totals
-        self.sampling, self._seed, self.ranks = sampling, seed, ranks or Ranks()
+        self.sampling, self._seed, self.ranks, self._phase = sampling, seed, ranks or Ranks(), phase
         self._ids = count()
         self._done: dict[int, Completion] = {}  # finished, and not yet asked for
 
@@ -121,8 +124,9 @@ class Collector:
             first, last = asked.versions[0], asked.versions[-1]
             wanted = f"weights {first}" if first == last else f"weights {first} or {last}"
             raise EngineError(f"rollouts for {wanted} were sampled by weights {min(strangers)}")
-        responses = [self.model.decode(c.response_ids) for c in done]
-        said = verdicts(asked.task, [(ask.problem, r) for ask, r in zip(asked.asks, responses, strict=True)])
+        with self._phase("verify"):
+            responses = [self.model.decode(c.response_ids) for c in done]
+            said = verdicts(asked.task, [(ask.problem, r) for ask, r in zip(asked.asks, responses, strict=True)])
         own = [
             self._rollout(asked, *one) for one in zip(asked.asks, asked.requests, done, responses, said, strict=True)
         ]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from fst_fast.config import Recompute
 from fst_fast.model import Model
 from fst_fast.ranks import Ranks
 
-Recompute = Literal["off", "selective", "full"]
-
 
 def shard(model: Model, ranks: Ranks, *, offload: bool) -> None:
-    """Spread the parameters over the mesh, as fp32 masters; layers gather them in the type they had, to compute.
+    """Spread the parameters over the mesh, trained ones as fp32 masters; layers gather them in the type they had.
 
     Gradients are summed over the ranks, in fp32. `offload`: masters, and with them the optimizer, stay in host memory.
     All is gathered layer by layer and dropped again; the embedding, the last norm and the head are a unit each.
@@ -33,7 +32,8 @@ def shard(model: Model, ranks: Ranks, *, offload: bool) -> None:
         fully_shard(unit, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy, reshard_after_forward=True)
     if tied:
         lm.get_output_embeddings().weight = lm.get_input_embeddings().weight
-    lm.float()
+    if any(p.requires_grad for p in lm.parameters()):
+        lm.float()
     for module in lm.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # losses are of the whole batch: FSDP2 averages otherwise

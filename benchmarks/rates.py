@@ -1,0 +1,147 @@
+"""Measures what this machine's GPU can do, and writes it into fst_fast/rates.json, which `train --plan` computes with.
+
+    PYTHONPATH=.:kernels python3 benchmarks/rates.py        about a minute on a GPU; needs torch and transformers alone
+
+Layers and head of Qwen3-8B with random weights, a few layers of them: what is measured is the time of one. Without a
+GPU everything is small, and the table's "cpu" is what is replaced: a rehearsal (--table COPY.json keeps the real one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from measure import DEVICE, copy_bandwidth, seconds_of, setting
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from fst_fast.model import GLYPH_BASE, Model
+from fst_fast.rates import MEASURED, TABLE, Hardware, kind_of, read_table
+from fst_fast.records import SamplingParams
+from fst_fast.rollout.engine import Request
+from fst_fast.rollout.torch_engine import TorchEngine
+from fst_fast.shape import BUILT_IN, Shape, shape_of
+from fst_kernels import linear_policy_loss
+
+GPU = DEVICE == "cuda"
+LAYERS, FEW = (6, 2) if GPU else (3, 1)
+SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "head_dim": 16, "vocab_size": 1024}  # fmt: skip
+SEQUENCES, PROMPT, RESPONSE = (16, 512, 512) if GPU else (4, 24, 24)  # one micro-batch, 16384 tokens
+DECODED, STEPS = (64, 40) if GPU else (8, 6)  # sequences at a time, tokens of each
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=TABLE, help="table to read and write")
+    args = parser.parse_args()
+    about = setting()
+    kind = kind_of(about["gpu"]["name"]) if GPU else "cpu"
+    if not kind:
+        parser.error(f"{about['gpu']['name']} is not in {args.table}: add it with the data sheet's numbers first")
+    table = json.loads(args.table.read_text())
+    versions = f"torch {about['versions']['torch']}, transformers {about['versions']['transformers']}"
+    source = f"{MEASURED}: benchmarks/rates.py at {about['commit']} on {(about['gpu'] or {}).get('name', 'a CPU')}"
+    for name, value in measured(read_table(args.table)[kind]):
+        print(f"{kind} {name}: {table[kind][name]['value']:g} -> {value:.4g}", flush=True)
+        table[kind][name] = {"value": float(f"{value:.4g}"), "source": f"{source}, {versions}"}
+        write(table, args.table)
+
+
+def measured(hardware: Hardware) -> Iterator[tuple[str, float]]:
+    """Rates by name, as they are found."""
+    if GPU:
+        yield "memory_gib", torch.cuda.get_device_properties(0).total_memory / 2**30
+    yield "bandwidth_reached", copy_bandwidth() / 1e12 / hardware["bandwidth_tbs"]
+    if GPU:
+        yield "pcie_gbs", _copied(torch.empty(2**30, dtype=torch.uint8, pin_memory=True), "cuda:0") / 1e9
+    if torch.cuda.device_count() > 1:
+        yield "link_gbs", _copied(torch.empty(2**30, dtype=torch.uint8, device="cuda:0"), "cuda:1") / 1e9
+    model = random_model()
+    shape = shape_of(model.config, sum(p.numel() for p in model.lm.parameters()), "qwen3-8b, some layers")
+    flops = shape.forward_flops([(PROMPT, RESPONSE)] * SEQUENCES)
+    yield "train_mfu", 3 * flops / _best(lambda: learn(model)) / hardware.peak
+    model.lm.zero_grad(set_to_none=True)
+    with torch.inference_mode():
+        ids = _ids(model, SEQUENCES, PROMPT + RESPONSE)
+        yield "prefill_mfu", _prefill_flops(shape) / _best(lambda: model.hidden(ids, use_cache=False)) / hardware.peak
+    whole = decode(model)
+    model.lm.model.layers, model.lm.config.num_hidden_layers = model.lm.model.layers[:FEW], FEW
+    yield "torch_layer_us", 1e6 * (whole - decode(model)) / (LAYERS - FEW)
+
+
+def random_model() -> Model:
+    tokenizer = AutoTokenizer.from_pretrained(GLYPH_BASE)
+    sizes = BUILT_IN["qwen3-8b"] | ({} if GPU else SMALL) | {"num_hidden_layers": LAYERS}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if GPU else torch.float32)
+    with torch.device(DEVICE):
+        lm = Qwen3ForCausalLM(Qwen3Config(**sizes, eos_token_id=tokenizer.eos_token_id))
+    torch.set_default_dtype(torch.float32)
+    return Model(lm, tokenizer, "random weights")
+
+
+def learn(model: Model) -> None:
+    """Forward and backward pass of one micro-batch through model and loss, as the learner does it."""
+    ids = _ids(model, SEQUENCES, PROMPT + RESPONSE)
+    hidden = model.hidden(ids, use_cache=False)[:, PROMPT - 1 : -1].flatten(0, 1)
+    targets = ids[:, PROMPT:].flatten()
+    behaviour = torch.full(targets.shape, -10.0, device=DEVICE)
+    advantages = torch.ones_like(behaviour)
+    linear_policy_loss(hidden, model.head.weight, targets, behaviour, advantages, weight_max=4.0).loss.backward()
+
+
+def decode(model: Model) -> float:
+    """Seconds of one decoding iteration of the embedded engine, its prefill left out."""
+    engine, dice = TorchEngine(model, max_batch=DECODED), random.Random(0)
+
+    def run(tokens: int) -> Callable[[], None]:
+        sampling = SamplingParams(1.0, tokens)
+        prompts = [tuple(dice.choices(range(100), k=PROMPT // 4)) for _ in range(DECODED)]
+        requests = [Request(i, prompt, sampling, i) for i, prompt in enumerate(prompts)]
+
+        def work() -> None:
+            engine.submit(requests)
+            while engine.busy:
+                engine.step()
+
+        return work
+
+    return (_best(run(STEPS)) - _best(run(STEPS // 2))) / (STEPS - STEPS // 2)
+
+
+def _prefill_flops(shape: Shape) -> float:
+    tokens = PROMPT + RESPONSE
+    return SEQUENCES * (2.0 * shape.body * tokens + 2.0 * shape.layers * shape.width * tokens**2)
+
+
+def _ids(model: Model, rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (rows, tokens), device=DEVICE)
+
+
+def _copied(source: torch.Tensor, device: str) -> float:
+    """Bytes a second, from one place to another."""
+    target = torch.empty_like(source, device=device, pin_memory=False)
+    return source.nbytes / _best(lambda: target.copy_(source, non_blocking=True))
+
+
+def _best(call: Callable[[], object], rounds: int = 4) -> float:
+    """Seconds of the fastest of some calls after one that warms up."""
+    call()
+    return min(seconds_of(call) for _ in range(rounds))
+
+
+def write(table: Mapping[str, Mapping[str, object]], path: Path) -> None:
+    """One line a rate."""
+    kinds = [
+        f' "{kind}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(rate)}' for name, rate in rates.items()) + "\n }"
+        for kind, rates in table.items()
+    ]
+    path.write_text("{\n" + ",\n".join(kinds) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Memory of one GPU in a run, part by part: arithmetic from the model's shape, nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fst_fast.config import Recompute
+from fst_fast.shape import Shape
+
+When = Literal["always", "learning", "updating", "sampling"]
+GIB = 2**30
+CHUNK_ROWS = 4096  # of fp32 logits at a time, the kernels' on a GPU
+CONTEXT = 1.5 * GIB  # CUDA, cuBLAS, NCCL and the engine's graphs (assumed)
+FRAGMENTS = 1.05  # of what torch allocates (assumed)
+
+
+@dataclass(frozen=True)
+class Part:
+    """`when` two parts of different times never meet; "always" meets all."""
+
+    name: str
+    bytes: float
+    when: When
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out on the GPUs."""
+
+    gpus: int
+    recompute: Recompute
+    offload: bool  # masters and moments in the CPU's memory
+    asleep: bool  # the engine gives its memory back while the trainer learns
+    bytes: int  # of a weight
+    micro_tokens: int
+    kl: bool  # the base model's pass and head
+    vllm: bool
+    sequences: int  # decoded together on one GPU
+    tokens: int  # of the longest context with its response
+    gpu_fraction: float  # of the GPU, that vLLM takes
+    gpu_bytes: float
+
+
+def activations(shape: Shape, recompute: Recompute, tokens: int, size: int) -> float:
+    """Bytes kept for the backward pass of so many tokens through all layers, weights and activations of `size` bytes.
+
+    Counted in transformers' Qwen3 (test_plan.py counts again): RMSNorm keeps its fp32 input. Selective keeps the
+    products and the attention's result, full a layer's input and one layer in full.
+    """
+    h, i, w = shape.hidden, shape.intermediate, shape.width + shape.kv_width
+    layer = (8 + 4 * size) * h + 4 * size * i + (4 + 3 * size) * w
+    kept = {
+        "off": layer * shape.layers,
+        "selective": size * (2 * h + 2 * i + 2 * w) * shape.layers + layer,
+        "full": size * h * shape.layers + layer,
+    }
+    return float(kept[recompute] * tokens)
+
+
+def parts(shape: Shape, at: Layout) -> list[Part]:
+    """Everything one GPU holds. Of several each has a share of the trainer's state (FSDP2: sharding.py), and an engine
+    of its own."""
+    n, size = shape.parameters, at.bytes
+    sharded = at.gpus > 1 or at.offload
+    share, tokens = n / at.gpus, max(at.micro_tokens, at.tokens)
+    layer = (shape.body / shape.layers) * size
+    kept = activations(shape, at.recompute, tokens, size)
+    out = [Part("CUDA context and libraries", CONTEXT, "always")]
+    if not at.offload:
+        if not sharded and size < 4:
+            out.append(Part("weights that are sampled from", size * n, "always"))
+        out += [
+            Part("weights that are trained, fp32", 4 * share, "always"),
+            Part("AdamW's two moments, fp32", 8 * share, "always"),
+            Part("base model, for the exact KL", size * share if at.kl else 0, "always"),
+            Part("gradients", (4 if sharded else size) * share, "learning"),
+            Part("gradients in fp32, and what is clipped of them", (4 if sharded else 4 + size) * share, "updating"),
+        ]
+    out += [
+        Part(f"activations of {tokens:,} tokens, recompute {at.recompute}", kept, "learning"),
+        Part("loss: chunks of fp32 logits", (2 if at.kl else 1) * 4 * CHUNK_ROWS * shape.vocab, "learning"),
+        Part("loss: fp32 sums of the head's and the hidden states' gradients", 4 * (shape.head + tokens * shape.hidden),
+             "learning"),
+    ]  # fmt: skip
+    if sharded:
+        heads = (2 if at.kl else 1) * size * shape.head
+        # FSDP2 gathers the next layer while one computes; one layer's whole gradients wait to be shared out
+        out.append(Part("FSDP: two layers and the head gathered, a layer's gradients", 3 * layer + heads, "learning"))
+    kv = size * shape.kv_elements * at.sequences * at.tokens
+    when: When = "sampling" if at.asleep else "always"
+    if at.vllm:
+        out.append(Part(f"vLLM: weights and KV cache ({at.gpu_fraction:.0%})", at.gpu_fraction * at.gpu_bytes, when))
+    else:
+        if sharded:
+            out.append(Part("engine's copy of the weights", size * n, "always"))
+        out.append(Part("engine's head in fp32", 4 * shape.head if size < 4 else 0, "always"))
+        out.append(Part(f"KV cache of {at.sequences} sequences, grown by half", 1.5 * kv, "sampling"))
+    return [p for p in out if p.bytes]
+
+
+def peak(of: list[Part]) -> float:
+    """Bytes at the worst moment, with what fragments."""
+    held: dict[When, float] = {}
+    for p in of:
+        held[p.when] = held.get(p.when, 0.0) + p.bytes
+    return FRAGMENTS * (held.pop("always", 0.0) + max(held.values(), default=0.0))
+
+
+def kv_room(shape: Shape, at: Layout) -> float:
+    """Sequences of full length that vLLM's share has KV blocks for; negative: not even the weights fit."""
+    left = at.gpu_fraction * at.gpu_bytes - at.bytes * shape.parameters - 2 * GIB  # its own activations, as simulated
+    return left / (at.bytes * shape.kv_elements * at.tokens)

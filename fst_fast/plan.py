@@ -1,0 +1,454 @@
+"""`python -m fst_fast.train --plan ...`: what a run would take, before it is begun. No work, no weights.
+
+Tokens follow from the configuration, memory from the model's shape, seconds from rates (rates.json), which for the
+embedded model on this machine are measured on the spot. What cannot fit is refused, with what would.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field
+
+from fst_fast.config import Config, Recompute, Stage, check, proposals_of, stages
+from fst_fast.errors import UserError
+from fst_fast.memory import FRAGMENTS, GIB, Layout, kv_room, parts, peak
+from fst_fast.model import GLYPH_BASE
+from fst_fast.rates import Hardware, Lengths, Roofline, kind_of, read_table
+from fst_fast.shape import Shape, read_shape
+
+# Measured in the default run, seed 0 (python -m fst_fast.train): 21 of 88 proposals, 606 of 1920 groups.
+ACCEPTED = 0.24
+LIVE = 0.32
+PAPER, GOAL = (25, 40), 10  # GPU-hours a run: the paper's range on 8 H100, and what this project wants
+
+Some = Annotated[int, Field(ge=0, le=10**9)]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Flags of --plan alone: the machine, and what a plan cannot know."""
+
+    gpu: str = ""
+    """Kind of device in the table of rates (h100, h200, a100, cpu); empty = this machine's GPU, else its CPU."""
+    gpus: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """How many of them."""
+    model: str = ""
+    """A built-in shape (qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b) instead of --model.path's config.json."""
+    asleep: bool = True
+    """vLLM gives its memory back while the trainer learns."""
+    prompt_tokens: Some = 400
+    """Mean tokens of a system prompt (assumed; the embedded model's are measured)."""
+    problem_tokens: Some = 200
+    """Mean tokens of a problem with the chat template's own."""
+    response_tokens: Some = 0
+    """Mean tokens of a response; 0 = half of rollout.max_new_tokens."""
+    live: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Part of the groups whose rewards differ: only those are trained on; 0 = all, the dearest case (the embedded
+    model's is measured)."""
+
+
+class Speed(Protocol):
+    """Seconds of a run's pieces: rates.Roofline by arithmetic, calibrate.Measured by the clock."""
+
+    @property
+    def lengths(self) -> Lengths: ...
+    def rollouts(self, count: float, /) -> float: ...
+    def forward(self, count: float) -> float: ...
+    def learn(self, count: float, updates: int) -> float: ...
+    def sync(self) -> float: ...
+    def checkpoint(self) -> float: ...
+    def reflect(self, proposals: float, at_once: float) -> float: ...
+
+
+# --------------------------------------------------------------------------------------------------- how much work
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rollouts asked together, so many times in the run."""
+
+    phase: Literal["rollout", "scoring", "minibatch", "eval"]
+    rollouts: float
+    times: float = 1
+
+
+@dataclass
+class Work:
+    """Everything a run does, as far as its configuration says."""
+
+    steps: int = 0
+    learned: float = 0  # rollouts a step trains on
+    gated: float = 0  # rollouts checked for reuse
+    reused: float = 0
+    cycles: int = 0
+    rounds: float = 0  # of proposals made together
+    proposals: float = 0
+    evaluations: int = 0
+    checkpoints: int = 0
+    batches: list[Batch] = field(default_factory=list)
+
+    def rollouts(self, *phases: str) -> float:
+        return sum(b.rollouts * b.times for b in self.batches if b.phase in phases)
+
+
+def work_of(config: Config, live: float) -> Work:
+    """What the loop of train.py does, with an average cycle's luck: ACCEPTED of the proposals, dice for rewards."""
+    work, pool = Work(), 0.0
+    each = config.rollout.problems * config.rollout.group_size
+    for stage in stages(config.stream):
+        work.steps += stage.steps
+        work.evaluations += -(-stage.steps // config.eval.every) + 1
+        work.checkpoints += -(-stage.steps // config.checkpoint_every)
+        fresh = pool == 0 or config.fast.at_switch == "reset"
+        pool = 1.0 if fresh else pool + 1
+        if config.mode in ("fst", "gepa", "fst-distill"):
+            for start in range(0, stage.steps, config.fast.every):
+                pool = _cycle(work, config, pool, proposals_of(config, first=not start), stage, start)
+        if config.mode != "gepa":
+            work.batches.append(Batch("rollout", each, stage.steps))
+    if config.mode == "rl-then-gepa":
+        last = stages(config.stream)[-1]
+        later = -(-last.steps // config.fast.every) - 1
+        _cycle(work, config, pool, config.fast.first_proposals + later * config.fast.proposals, last, 0)
+    if work.reused:  # they are not asked for
+        work.batches.append(Batch("rollout", -work.reused / work.steps, work.steps))
+    if config.mode != "gepa":
+        work.learned = each * (1.0 if config.mode == "fst-distill" else live)
+    alone = config.mode in ("rl", "rl-then-gepa", "fst-distill")  # one prompt is evaluated, the seed
+    prompts = 1 if alone else config.fast.population + 1
+    others = 64 if "glyph" in config.stream and not config.model.path else 0  # evaluate.retention_asks
+    size = config.eval.problems * config.eval.samples
+    work.batches += [
+        Batch("eval", size + others, 1),  # before the first cycle there is the seed prompt alone
+        Batch("eval", prompts * size + others, work.evaluations - 1),
+    ]
+    work.checkpoints += 1
+    return work
+
+
+def _cycle(work: Work, config: Config, pool: float, proposals: int, stage: Stage, start: int) -> float:
+    """Adds one GEPA cycle; the size of the pool after it."""
+    fast = config.fast
+    ahead = min(fast.every, stage.steps - start) * config.rollout.problems
+    problems = min(fast.scoring_problems, ahead)
+    rounds = -(-proposals // fast.parallel)
+    accepted = ACCEPTED * proposals
+    reuses = fast.reuse and config.mode == "fst"
+    pauses = 3 if fast.race else 1
+    first, all_of_them = (scored(newcomers, problems, config) for newcomers in ([pool], [pool, accepted]))
+    work.batches += [
+        Batch("scoring", first / pauses, pauses),
+        Batch("scoring", (all_of_them - first) / pauses / rounds, pauses * rounds),
+        Batch("minibatch", proposals / rounds * fast.minibatch, 2 * rounds),  # parents, then their children
+    ]
+    work.cycles += 1
+    work.rounds += rounds
+    work.proposals += proposals
+    if reuses:
+        reused = problems * min(int(fast.reuse_cap * config.rollout.group_size + 1e-9), fast.population)
+        work.gated += reused
+        work.reused += reused
+    return min(float(max(fast.pool, fast.population)), pool + accepted)
+
+
+def scored(newcomers: Sequence[float], problems: int, config: Config) -> float:
+    """Rollouts of the race that so many prompts enter, group after group: the real one, with dice for rewards."""
+    from fst_fast.fast.race import Race
+    from fst_fast.records import Problem, Prompt
+
+    dice, asked, played = random.Random(0), 0, min(problems, 256)  # more differ in nothing but their number
+
+    def score(pairs: Sequence[tuple[Prompt, Problem]]) -> list[float]:
+        nonlocal asked
+        asked += len(pairs)
+        return [float(dice.random() < 0.5) for _ in pairs]
+
+    blind = config.fast.reuse and config.mode == "fst"
+    race = Race([Problem(str(i), {}) for i in range(played)], score, keep=config.fast.population,
+                pauses=config.fast.race, blind=blind)  # fmt: skip
+    for group, size in enumerate(newcomers):
+        if round(size):
+            race.enter([Prompt(f"{group} {i}") for i in range(round(size))])
+    return asked * problems / played
+
+
+def reflection_tokens(config: Config, options: PlanOptions, lengths: Lengths) -> tuple[float, float]:
+    """Prompt and completion tokens of one call: the prompt, its traces, 250 tokens around them; the prompt edited."""
+    if config.fast.reflector == "phrasebook":
+        return 0.0, 0.0
+    trace = config.reflector.max_trace_chars / 4  # characters a token (assumed)
+    per_trace = options.problem_tokens + min(lengths.response, trace) + min(100, trace)
+    asked = 250 + options.prompt_tokens + config.fast.minibatch * per_trace
+    return asked, min(config.reflector.max_new_tokens, options.prompt_tokens + 150)
+
+
+# ------------------------------------------------------------------------------------------------- how much time
+
+
+def phases(work: Work, speed: Speed, config: Config) -> dict[str, float]:
+    """Seconds of the whole run by the names the trainer's own records have (meter.py)."""
+    seconds = dict.fromkeys(("rollout", "scoring", "minibatch", "eval"), 0.0)
+    per_step = work.rollouts("rollout") / work.steps
+    seconds["rollout"] = work.steps * speed.rollouts(per_step)
+    for b in work.batches:
+        if b.phase != "rollout":
+            seconds[b.phase] += b.times * speed.rollouts(b.rollouts)
+    seconds["eval"] += work.evaluations * 2 * speed.forward(config.eval.problems)  # the exact KL
+    seconds["gate"] = speed.forward(work.gated)
+    seconds["learn"] = work.steps * speed.learn(work.learned, config.slow.minibatches) if work.learned else 0.0
+    seconds["sync"] = work.steps * speed.sync()
+    seconds["checkpoint"] = work.checkpoints * speed.checkpoint()
+    each_round = work.proposals / work.rounds if work.rounds else 0
+    if config.fast.reflector != "phrasebook":
+        seconds["reflect"] = work.rounds * speed.reflect(each_round, config.reflector.concurrency)
+    return {phase: s for phase, s in seconds.items() if s}
+
+
+# ------------------------------------------------------------------------------------------------------ the plan
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is planned for: a model on a machine."""
+
+    shape: Shape
+    hardware: Hardware
+    here: bool  # the embedded model on this machine's CPU: measured
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.hardware.name != "cpu"
+
+
+def target_of(config: Config, options: PlanOptions) -> Target:
+    """UserError for a device or a model that is none."""
+    table, kind = read_table(), options.gpu or _this_machine()
+    if kind not in table:
+        raise UserError(f"plan.gpu = {kind!r}: rates are known of {', '.join(table)}; rates.json takes more")
+    if options.model:
+        shape = read_shape(options.model, field="plan.model")
+    else:
+        shape = read_shape(config.model.path or str(GLYPH_BASE), field="model.path")
+    embedded = not options.model and not config.model.path
+    return Target(shape, table[kind], embedded and kind == "cpu" and options.gpus == 1)
+
+
+def layout_of(config: Config, options: PlanOptions, target: Target) -> Layout:
+    sequences = -(-config.rollout.problems * config.rollout.group_size // options.gpus)
+    context = options.prompt_tokens + options.problem_tokens
+    return Layout(
+        gpus=options.gpus,
+        recompute=config.slow.recompute,
+        offload=config.slow.offload,
+        asleep=options.asleep,
+        bytes=4 if config.model.dtype == "float32" else 2,
+        micro_tokens=config.slow.micro_tokens,
+        kl=config.slow.kl_coef > 0 or config.mode == "fst-distill",
+        vllm=config.rollout.engine == "vllm",
+        sequences=min(config.rollout.max_batch, sequences),
+        tokens=min(target.shape.context, context + config.rollout.max_new_tokens),
+        gpu_fraction=config.rollout.gpu_memory,
+        gpu_bytes=_memory(target),
+    )
+
+
+def check_fits(config: Config, options: PlanOptions, target: Target) -> None:
+    """UserError with what would fit, where the run cannot."""
+    context = options.prompt_tokens + options.problem_tokens
+    if context + config.rollout.max_new_tokens > target.shape.context:
+        raise UserError(
+            f"rollout.max_new_tokens = {config.rollout.max_new_tokens}: with {context} tokens of prompt and problem "
+            f"(plan.prompt_tokens, plan.problem_tokens) that exceeds the context of {target.shape.name}, "
+            f"{target.shape.context} tokens; use {max(1, target.shape.context - context)} or less"
+        )
+    at = layout_of(config, options, target)
+    if not (fault := _misfit(target.shape, at)):
+        return
+    for changed in _alternatives(at):
+        if not _misfit(target.shape, changed):
+            raise UserError(f"{fault}; {_flags(at, changed)} fits")
+    raise UserError(f"{fault}; neither recomputing, offloading, bf16 nor 64 times the GPUs make it fit")
+
+
+def _misfit(shape: Shape, at: Layout) -> str:
+    """Why it does not fit; "" when it does."""
+    who = f"{shape.name} on {at.gpus} GPU{'s' * (at.gpus > 1)} of {at.gpu_bytes / GIB:.0f} GiB"
+    if at.vllm and (room := kv_room(shape, at)) < 1:
+        return (
+            f"rollout.gpu_memory = {at.gpu_fraction:g}: {who}, vLLM's share holds its weights and "
+            f"{max(0.0, room):.2f} sequences of {at.tokens:,} tokens"
+        )
+    all_parts = parts(shape, at)
+    if (needed := peak(all_parts)) > at.gpu_bytes:
+        largest = max(all_parts, key=lambda p: p.bytes)
+        return f"plan: {who} needs {needed / GIB:.0f} GiB of each, {largest.bytes / GIB:.0f} of them {largest.name}"
+    return ""
+
+
+def _alternatives(at: Layout) -> Iterator[Layout]:
+    """Other layouts, those that cost least speed first."""
+    modes: tuple[Recompute, ...] = ("off", "selective", "full")
+    for gpus in (1, 2, 4, 8, 16, 32, 64):
+        for offload, micro, fraction, mode, size in product(
+            (at.offload, True),
+            dict.fromkeys((at.micro_tokens, min(at.micro_tokens, at.tokens))),
+            dict.fromkeys((at.gpu_fraction, 0.5, 0.7)),
+            modes[modes.index(at.recompute) :],
+            (2, at.bytes),
+        ):
+            yield replace(
+                at, gpus=at.gpus * gpus, sequences=-(-at.sequences // gpus), offload=offload, micro_tokens=micro,
+                gpu_fraction=fraction, recompute=mode, bytes=size, asleep=True,
+            )  # fmt: skip
+
+
+def _flags(at: Layout, to: Layout) -> str:
+    """What to change to get from one layout to the other, as flags."""
+    named = {
+        "plan.gpus": (at.gpus, to.gpus),
+        "model.dtype": (at.bytes, "bfloat16" if to.bytes == 2 != at.bytes else at.bytes),
+        "slow.recompute": (at.recompute, to.recompute),
+        "slow.offload": (at.offload, to.offload),
+        "plan.asleep": (at.asleep, to.asleep),
+        "rollout.gpu-memory": (at.gpu_fraction, to.gpu_fraction),
+        "slow.micro-tokens": (at.micro_tokens, to.micro_tokens),
+    }
+    return " ".join(f"--{name} {new}" for name, (old, new) in named.items() if old != new)
+
+
+def speed_of(config: Config, options: PlanOptions, target: Target) -> Speed:
+    if target.here:
+        from fst_fast.calibrate import calibrate
+
+        return calibrate(config)
+    at = layout_of(config, options, target)
+    response = options.response_tokens or config.rollout.max_new_tokens / 2
+    context = options.prompt_tokens + options.problem_tokens
+    batch = config.rollout.max_batch
+    if at.vllm:
+        batch = max(1, min(batch, int(kv_room(target.shape, at) * at.tokens / (context + response))))
+    return Roofline(
+        target.shape,
+        target.hardware,
+        Lengths(context, options.problem_tokens, min(response, config.rollout.max_new_tokens),
+                config.rollout.max_new_tokens),
+        gpus=options.gpus,
+        bytes=at.bytes,
+        batch=batch,
+        eager=not at.vllm,
+        kl=config.slow.kl_coef > 0,
+        recompute={"off": 0.0, "selective": 0.05, "full": 1.0}[config.slow.recompute],
+        offload=config.slow.offload,
+    )  # fmt: skip
+
+
+def show(config: Config, options: PlanOptions) -> None:
+    """The command: refuse what cannot work or fit, else print the plan."""
+    check(config)
+    target = target_of(config, options)
+    if target.on_gpu or not target.here:
+        check_fits(config, options, target)
+    speed = speed_of(config, options, target)
+    live = options.live or (LIVE if target.here else 1.0)
+    work = work_of(config, live)
+    for line in report(config, options, target, speed, work):
+        print(line)
+
+
+def report(config: Config, options: PlanOptions, target: Target, speed: Speed, work: Work) -> Iterator[str]:
+    shape, hardware, n = target.shape, target.hardware, speed.lengths
+    machine = "this machine's CPU" if hardware.name == "cpu" else f"{options.gpus} x {hardware.name}"
+    yield f"plan: {config.mode} of {shape.name} ({shape.parameters / 1e9:.4g} B parameters) on {machine}"
+    yield ""
+    if target.on_gpu:
+        at = layout_of(config, options, target)
+        yield "memory of each GPU, GiB (arithmetic from the shape; NOT measured on a GPU)"
+        for p in sorted(parts(shape, at), key=lambda p: (p.when != "always", p.when, -p.bytes)):
+            yield f"  {p.bytes / GIB:8.2f}  {p.when:9} {p.name}"
+        needed = peak(parts(shape, at))
+        lost = f"with {FRAGMENTS - 1:.0%} lost between blocks"
+        yield f"  {needed / GIB:8.2f}  at the worst moment, {lost}: fits in {at.gpu_bytes / GIB:.1f}"
+        yield ""
+    yield "tokens (lengths: " + (
+        "measured here with the embedded model)" if target.here
+        else "assumed: --plan.prompt-tokens, --plan.problem-tokens, --plan.response-tokens)"
+    )  # fmt: skip
+    rl, gepa, evals = (work.rollouts(*names) for names in (("rollout",), ("scoring", "minibatch"), ("eval",)))
+    rows = {
+        "sampled for steps": (rl, rl * n.response),
+        "sampled by GEPA": (gepa, gepa * n.response),
+        "steps and GEPA": (rl + gepa, (rl + gepa) * n.response),
+        "reused by steps, at most": (work.reused, work.reused * n.response),
+        "sampled by evaluations": (evals, evals * n.response),
+        "prompts asked for": (rl + gepa + evals, (rl + gepa + evals) * n.context),
+        "trained on": (work.steps * work.learned, work.steps * work.learned * (n.context + n.response)),
+    }
+    for name, (rollouts, tokens) in rows.items():
+        yield f"  {name:28}{rollouts:12,.0f} rollouts {tokens:16,.0f} tokens"
+    each = work.proposals / max(1, work.cycles)
+    yield f"  {work.steps:,} steps, {work.cycles} GEPA cycles of {each:.3g} proposals on average"
+    yield ""
+    spent = phases(work, speed, config)
+    total = sum(spent.values())
+    how = "measured here, just now" if target.here else f"rates of {hardware.name}, below"
+    yield f"time ({how}; without start and report)"
+    for phase, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        yield f"  {phase:12}{seconds:14,.1f} s {seconds / total:6.0%}"
+    yield f"  {'in all':12}{total:14,.1f} s, {total / max(1, work.steps):.3g} s a step with its share of all"
+    yield ""
+    yield from _cost(config, options, target, n, work, total)
+    if not target.here:
+        yield ""
+        yield f"rates of {hardware.name}, and where they are from"
+        for name, rate in hardware.rates.items():
+            yield f"  {name:20}{rate.value:10g}  {rate.source}"
+
+
+def _cost(
+    config: Config, options: PlanOptions, target: Target, n: Lengths, work: Work, seconds: float
+) -> Iterator[str]:
+    asked, answered = reflection_tokens(config, options, n)
+    dollars = 0.0
+    if config.fast.reflector == "openai":
+        price_in, price_out = config.reflector.price_in, config.reflector.price_out
+        dollars = work.proposals * (asked * price_in + answered * price_out) / 1e6
+    yield (
+        f"reflection ({config.fast.reflector}): {work.proposals:,.0f} calls x {asked:,.0f} + {answered:,.0f} tokens "
+        f"= {work.proposals * asked:,.0f} + {work.proposals * answered:,.0f} tokens, ${dollars:.2f}"
+    )
+    if target.on_gpu:
+        hours = options.gpus * seconds / 3600
+        price = config.price_per_gpu_hour or target.hardware["price"]
+        yield (
+            f"GPU-hours: {options.gpus} GPUs x {seconds:,.0f} s / 3600 = {hours:.1f}; x ${price:g} = "
+            f"${hours * price:.2f}, with reflection ${hours * price + dollars:.2f} (NOT measured)"
+        )
+        yield (
+            f"the paper: {PAPER[0]} to {PAPER[1]} GPU-hours a run; this is {hours / PAPER[1]:.2f} to "
+            f"{hours / PAPER[0]:.2f} of that, and {hours / GOAL:.2f} of the goal of {GOAL}"
+        )
+
+
+def _this_machine() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name(0)
+    if not (kind := kind_of(name)):
+        raise UserError(f"plan.gpu: no rates are known of {name}; name a kind that is near, e.g. --plan.gpu h100")
+    return kind
+
+
+def _memory(target: Target) -> float:
+    """Bytes of one GPU by the table; of this machine's CPU where the system says."""
+    if target.on_gpu or not Path("/proc/meminfo").exists():
+        return target.hardware["memory_gib"] * GIB
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,0 +1,118 @@
+"""A causal LM as numbers: sizes, parameters, FLOPs and bytes a token. From a config.json alone, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fst_fast.errors import UserError
+
+# Public config.json files of the Qwen3 series (dense), so that a plan needs no folder.
+_QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+BUILT_IN: dict[str, dict[str, Any]] = {
+    name: _QWEN3
+    | {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }
+    for name, hidden, intermediate, layers, heads, tied in (
+        ("qwen3-0.6b", 1024, 3072, 28, 16, True),
+        ("qwen3-1.7b", 2048, 6144, 28, 16, True),
+        ("qwen3-4b", 2560, 9728, 36, 32, True),
+        ("qwen3-8b", 4096, 12288, 36, 32, False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dense decoder. `width` and `kv_width` are heads × head dim of queries and of keys (values alike)."""
+
+    name: str
+    layers: int
+    hidden: int
+    width: int
+    kv_width: int
+    intermediate: int
+    vocab: int
+    context: int
+    parameters: int  # all of them, tied ones once
+    tied: bool  # the head is the embedding
+
+    @property
+    def head(self) -> int:
+        """Parameters of the LM head."""
+        return self.vocab * self.hidden
+
+    @property
+    def body(self) -> int:
+        """Parameters every token is multiplied with: neither the embedding, which is looked up, nor the head."""
+        return self.parameters - self.head * (1 if self.tied else 2)
+
+    @property
+    def kv_elements(self) -> int:
+        """Numbers in the KV cache per token."""
+        return 2 * self.layers * self.kv_width
+
+    def forward_flops(self, sequences: Iterable[tuple[int, int]]) -> float:
+        """Of one forward pass over sequences of (prompt, response) tokens, the head at the response's places only.
+
+        2 FLOPs a parameter and token, and 2 · layers · width · T² for causal scores and their sum over values. A window
+        and shared prefixes do not lower it: it counts the model's work, not the way it is done.
+        """
+        total = 0.0
+        for prompt, response in sequences:
+            tokens = prompt + response
+            total += 2.0 * self.body * tokens + 2.0 * self.layers * self.width * tokens**2 + 2.0 * self.head * response
+        return total
+
+
+def shape_of(config: Any, parameters: int, name: str) -> Shape:
+    """Of a transformers configuration and the number of parameters of its model."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Shape(
+        name=name,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        width=heads * head_dim,
+        kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        vocab=text.vocab_size,
+        context=int(getattr(text, "max_position_embeddings", None) or 1 << 30),
+        parameters=parameters,
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def read_shape(path: str, *, field: str) -> Shape:
+    """The shape called `path` (BUILT_IN), or that of the config.json in the folder; `field` is named when it is none.
+
+    The model is built on torch's meta device, which counts its parameters without memory.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+
+    folder = Path(path)
+    if path in BUILT_IN:
+        config: Any = Qwen3Config(**BUILT_IN[path])
+    elif not (folder / "config.json").is_file():
+        raise UserError(
+            f"{field} = {path!r}: there is no {folder / 'config.json'}; give a Hugging Face model folder, or "
+            f"--plan.model with one of {', '.join(BUILT_IN)}"
+        )
+    try:
+        config = config if path in BUILT_IN else AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config)
+        return shape_of(config, sum(p.numel() for p in lm.parameters()), path if path in BUILT_IN else folder.name)
+    except Exception as error:  # whatever a broken config.json makes transformers raise
+        raise UserError(
+            f"{field} = {path!r}: its config.json is not one of a causal LM: {error}".split("\n")[0]
+        ) from error

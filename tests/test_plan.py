@@ -1,0 +1,272 @@
+"""The plan of a run: what it says of tokens is what a run then takes, of memory what torch keeps; bad plans refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from fst_fast import plan
+from fst_fast.cli import PlanCommand, TrainCommand, parse_train
+from fst_fast.config import GLYPH, Config, preset
+from fst_fast.errors import UserError
+from fst_fast.memory import Part, activations, parts, peak
+from fst_fast.plan import Batch, PlanOptions, layout_of, phases, speed_of, target_of, work_of
+from fst_fast.rates import Hardware, Lengths, Rate, Roofline, kind_of, read_table
+from fst_fast.shape import Shape, read_shape, shape_of
+from fst_fast.train import main, train
+from tests.models import save_tiny
+
+BIG = ["--plan", "--plan.model", "qwen3-8b", "--plan.gpu", "h100", "--plan.gpus", "8", "--model.dtype", "bfloat16"]
+FITS = [*BIG, "--slow.recompute", "full", "--stream", "jsonl:none.jsonl@200"]
+
+
+def planned(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    main(argv)
+    return capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-1.7b", 1.721), ("qwen3-4b", 4.022), ("qwen3-8b", 8.191)]
+)
+def test_the_built_in_shapes_have_the_parameters_of_their_models(name: str, billions: float) -> None:
+    shape = read_shape(name, field="plan.model")
+    assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.001)
+    assert shape.body + shape.head * (1 if shape.tied else 2) == shape.parameters
+
+
+def test_flops_are_those_of_the_products_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = Qwen3Config(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=False, attn_implementation="eager",
+    )  # fmt: skip
+    lm = Qwen3ForCausalLM(config)
+    shape = shape_of(config, sum(p.numel() for p in lm.parameters()), "tiny")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        lm(input_ids=torch.randint(96, (1, 50)))
+    whole_square = 2 * shape.layers * shape.width * 50**2  # eager attention does not skip the upper triangle
+    norms = 2 * 50 * sum(p.numel() for p in lm.parameters() if p.ndim == 1)
+    ours = shape.forward_flops([(0, 50)]) + whole_square - norms
+    assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_without_checkpointing_are_what_autograd_keeps(dtype: torch.dtype) -> None:
+    def kept(layers: int) -> int:
+        config = Qwen3Config(
+            vocab_size=64, hidden_size=96, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32,
+        )  # fmt: skip
+        lm = Qwen3ForCausalLM(config).to(dtype)
+        own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+        found: dict[int, torch.Tensor] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            found[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            lm.base_model(input_ids=torch.randint(64, (2, 40)), use_cache=False)
+        return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in own)
+
+    shape = Shape("tiny", 1, 96, 128, 64, 256, 64, 2048, 0, True)
+    assert (kept(3) - kept(1)) / 2 == pytest.approx(activations(shape, "off", 80, dtype.itemsize), rel=0.03)
+
+
+def test_checkpointing_keeps_less_the_more_it_recomputes() -> None:
+    shape = read_shape("qwen3-8b", field="plan.model")
+    off, selective, full = (activations(shape, mode, 8192, 2) for mode in ("off", "selective", "full"))
+    assert off > selective > full > shape.layers * 8192 * 2 * shape.hidden
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def test_the_worst_moment_is_of_one_time_and_what_is_always_there() -> None:
+    some = [Part("a", 10, "always"), Part("b", 5, "learning"), Part("c", 4, "learning"), Part("d", 7, "updating")]
+    assert peak(some) == pytest.approx(1.05 * 19)
+    assert peak([*some, Part("e", 20, "sampling")]) == pytest.approx(1.05 * 30)
+
+
+def test_trainer_state_is_sixteen_bytes_a_parameter_over_the_ranks_and_less_when_offloaded() -> None:
+    config = replace(preset("paper", "fst"), model=replace(Config().model, dtype="bfloat16"))
+    shape = read_shape("qwen3-8b", field="plan.model")
+    for gpus, offload, expected in ((1, False, 2 + 4 + 8 + 2), (8, False, (4 + 8 + 4) / 8), (8, True, 0)):
+        config = replace(config, slow=replace(config.slow, offload=offload))
+        options = PlanOptions(gpu="h100", gpus=gpus, model="qwen3-8b")
+        of = parts(shape, layout_of(config, options, target_of(config, options)))
+        state = [p for p in of if ("weights" in p.name and "engine" not in p.name) or "moments" in p.name]
+        state += [p for p in of if p.name == "gradients"]
+        assert sum(p.bytes for p in state) == pytest.approx(expected * shape.parameters)
+
+
+def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = BIG[:-2]
+    for _ in range(3):  # what it names is what it then accepts
+        try:
+            shown = planned(argv, capsys)
+            break
+        except UserError as error:
+            said = str(error)
+            assert "qwen3-8b on 8 GPUs of 78 GiB needs" in said
+            argv += said.split("; ")[1].removesuffix(" fits").split()
+    assert "--slow.recompute" in argv
+    assert "fits in 78.0" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--plan.gpus", "1"], "--plan.gpus"),
+        (["--rollout.engine", "vllm", "--rollout.gpu-memory", "0.1"], "rollout.gpu_memory = 0.1"),
+        (["--rollout.max-new-tokens", "50000"], "rollout.max_new_tokens = 50000: with 600 tokens of prompt"),
+        (["--plan.gpu", "tpu"], "plan.gpu = 'tpu': rates are known of h100, h200, a100, cpu"),
+        (["--plan.model", "gpt-9"], "plan.model = 'gpt-9': there is no gpt-9/config.json"),
+        (["--rollout.group-size", "6"], "rollout.group_size = 6 cannot be spread evenly"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence_that_names_the_field(flags: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        main([*FITS, *flags])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_with_a_run_to_resume_or_a_broken_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--resume takes a run directory and no other flag"):
+        main(["--plan", "--resume", str(tmp_path)])
+    with pytest.raises(UserError, match=r"model.path = .*there is no"):
+        main(["--plan", "--model.path", str(tmp_path)])
+    (tmp_path / "config.json").write_text('{"model_type": "no such"}')
+    with pytest.raises(UserError, match=r"its config.json is not one of a causal LM"):
+        main(["--plan", "--model.path", str(tmp_path)])
+
+
+# ------------------------------------------------------------------------------------------------ tokens and time
+
+
+def test_planned_tokens_and_rollouts_are_within_a_fifth_of_a_runs(tmp_path: Path) -> None:
+    config = replace(GLYPH, stream="glyph:A@20", tensorboard=False, progress=False)
+    options = PlanOptions(gpu="cpu")
+    target = target_of(config, options)
+    speed = speed_of(config, options, target)
+    work = work_of(config, plan.LIVE)
+    train(config, tmp_path / "run")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    totals = [r for r in metrics if r["kind"] == "eval"][-1]
+    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "rollouts.jsonl").open()]
+    learning = work.rollouts("rollout", "scoring", "minibatch")
+    assert learning == pytest.approx(totals["rollouts"], rel=0.1)
+    assert learning * speed.lengths.response == pytest.approx(totals["tokens"], rel=0.2)
+    assert work.rollouts("scoring", "minibatch") == pytest.approx(totals["gepa_rollouts"], rel=0.2)
+    assert work.rollouts("eval") == pytest.approx(sum(r["purpose"] == "eval" for r in rollouts), rel=0.01)
+    assert work.reused == sum(round(r["reuse"]["fraction"] * 128) for r in metrics if r["kind"] == "step")
+    said = phases(work, speed, config)  # every phase that took time in the run is planned
+    assert {"rollout", "scoring", "minibatch", "eval", "gate", "learn", "checkpoint"} == set(said)
+
+
+@pytest.mark.parametrize("mode", ["rl", "gepa", "rl-then-gepa", "fst-distill"])
+def test_every_mode_is_planned_as_the_loop_goes(mode: str) -> None:
+    config = replace(preset("glyph", mode), stream="glyph:A@25,glyph:B@10")  # type: ignore[arg-type]
+    work = work_of(config, 1.0)
+    assert work.steps == 35
+    assert work.evaluations == (3 + 1) + (1 + 1)
+    assert work.cycles == {"rl": 0, "gepa": 3 + 1, "rl-then-gepa": 1, "fst-distill": 3 + 1}[mode]
+    assert work.rollouts("rollout") == (0 if mode == "gepa" else 35 * 128)
+    assert work.reused == 0
+    assert (work.rollouts("scoring") > 0) == (mode != "rl")
+    steps = [b for b in work.batches if b.phase == "rollout"]
+    assert steps == ([] if mode == "gepa" else [Batch("rollout", 128, 25), Batch("rollout", 128, 10)])
+
+
+def test_a_race_costs_less_than_scoring_everybody_to_the_end() -> None:
+    everybody = replace(GLYPH, fast=replace(GLYPH.fast, race=False))
+    assert plan.scored([10], 24, everybody) == 240
+    assert 24 * 4 < plan.scored([10], 24, GLYPH) < 240
+    assert plan.scored([10], 24 * 10**6, GLYPH) == pytest.approx(10**6 * plan.scored([10], 24, GLYPH), rel=0.2)
+
+
+def roofline(**changes: object) -> Roofline:
+    shape = read_shape("qwen3-8b", field="plan.model")
+    options = {"gpus": 8, "bytes": 2, "batch": 256, "eager": False, "kl": True, "recompute": 0.0, "offload": False}
+    # the rates of a data sheet and of the simulator, whatever has been measured since
+    rates = {"bandwidth_tbs": 3.35, "bandwidth_reached": 0.8, "prefill_mfu": 0.5, "train_mfu": 0.4, "sequence_us": 10.0}
+    known = read_table()["h100"].rates
+    hardware = Hardware("h100", {**known, **{name: Rate(value, "a test") for name, value in rates.items()}})
+    return Roofline(shape, hardware, Lengths(1200, 200, 2000, 8192), **{**options, **changes})  # type: ignore[arg-type]
+
+
+def test_decode_time_is_near_the_simulators_for_its_own_workload() -> None:
+    """64 x 8 rollouts of 2k tokens on 8 engines take 81 s a step there, synchronous, longest first (rollouts.md)."""
+    assert roofline().rollouts(512) == pytest.approx(81, rel=0.2)
+
+
+def test_learning_takes_the_flops_of_its_passes_over_the_rate() -> None:
+    forward = 512 * roofline().shape.forward_flops([(1200, 2000)])
+    rate = 8 * 989e12 * 0.4
+    assert roofline().learn(512, 0) == pytest.approx(4 * forward / rate)  # three of the policy, the base's one
+    assert roofline(kl=False, recompute=1.0).learn(512, 0) == pytest.approx(4 * forward / rate)
+    assert roofline(offload=True).learn(512, 1) > roofline().learn(512, 1) > roofline().learn(512, 0)
+
+
+def test_twice_the_gpus_are_faster_but_for_the_long_tail() -> None:
+    one, two = roofline(gpus=8), roofline(gpus=16)
+    assert one.learn(512, 0) == 2 * two.learn(512, 0)
+    assert one.rollouts(512) > two.rollouts(512) > 8192 * 2 * 7.5e9 / (3.35e12 * 0.8)
+
+
+# ------------------------------------------------------------------------------------------------------ what is said
+
+
+def test_the_plan_says_what_is_not_measured_and_shows_its_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = planned([*FITS, "--reflector", "openai", "--price-per-gpu-hour", "2"], capsys)
+    lines = shown.splitlines()
+    (hours,) = (line for line in lines if line.startswith("GPU-hours"))
+    words = hours.replace(",", "").replace(";", "").replace("$", "").split()
+    seconds, total, cost = float(words[4]), float(words[9]), float(words[13])
+    assert total == pytest.approx(8 * seconds / 3600, abs=0.06)
+    assert cost == pytest.approx(2 * 8 * seconds / 3600, abs=0.02)
+    assert "(NOT measured)" in hours
+    assert any(line.startswith("the paper: 25 to 40 GPU-hours") and "goal of 10" in line for line in lines)
+    rates = lines[next(i for i, line in enumerate(lines) if line.startswith("rates of h100")) + 1 :]
+    assert all("measured" in line or "data sheet" in line for line in rates if line)
+    assert "200 steps" in shown
+
+
+def test_a_plan_needs_a_config_json_alone_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    for file in model.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    monkeypatch.chdir(tmp_path)
+    shown = planned(["--plan", "--model.path", "model", "--plan.gpu", "a100"], capsys)
+    assert "fst of model" in shown
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "config.json"]
+
+
+def test_every_rate_of_every_device_is_there_with_a_source() -> None:
+    table = read_table()
+    assert len({frozenset(h.rates) for h in table.values()}) == 1
+    assert all(rate.source for h in table.values() for rate in h.rates.values())
+    drivers = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "Tesla T4")
+    assert [kind_of(name) for name in drivers] == ["h100", "a100", ""]
+
+
+def test_plan_is_found_among_any_flags_and_sets_the_papers_recipe_for_a_real_model() -> None:
+    command = parse_train(["--seed", "3", "--plan.gpus=4"])
+    assert isinstance(command, PlanCommand)
+    assert (command.plan.gpus, command.config.seed) == (4, 3)
+    assert type(parse_train(["--seed", "3"])) is TrainCommand
+    assert parse_train(["--plan", "--plan.model", "qwen3-8b"]).config.rollout.problems == Config().rollout.problems
+    assert parse_train(["--plan"]).config.rollout.problems == GLYPH.rollout.problems
