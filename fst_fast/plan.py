@@ -346,7 +346,18 @@ def speed_of(config: Config, options: PlanOptions, target: Target) -> Speed:
         kl=config.slow.kl_coef > 0,
         recompute={"off": 0.0, "selective": 0.05, "full": 1.0}[config.slow.recompute],
         offload=config.slow.offload,
+        sharing=sharing_of(config, options, response),
     )  # fmt: skip
+
+
+def sharing_of(config: Config, options: PlanOptions, response: float) -> tuple[float, float]:
+    """Rollouts of a packed micro-batch that share a prompt, and a prompt with its problem (slow.pack)."""
+    if config.slow.pack == "off" or config.mode == "fst-distill":
+        return 1.0, 1.0
+    prompts = config.fast.population if config.mode == "fst" else 1
+    on_problem = config.rollout.group_size / prompts
+    fit = config.slow.micro_tokens / (options.problem_tokens / on_problem + response)
+    return max(1.0, min(config.rollout.problems * on_problem, fit)), max(1.0, min(on_problem, fit))
 
 
 def show(config: Config, options: PlanOptions) -> None:

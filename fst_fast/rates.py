@@ -98,6 +98,7 @@ class Roofline:
     kl: bool
     recompute: float  # forward passes repeated in the backward pass
     offload: bool
+    sharing: tuple[float, float] = (1.0, 1.0)  # rollouts of a packed pass under one prompt, and on one problem too
 
     def rollouts(self, count: float) -> float:
         """Of one batch: prefill, then as many iterations as the longest response has, each reading all weights.
@@ -123,7 +124,10 @@ class Roofline:
 
     def learn(self, count: float, updates: int) -> float:
         """Forward and backward passes over the rollouts that carry a gradient, the base's for the KL, the updates."""
-        forward = count * self.shape.forward_flops([(round(self.lengths.context), round(self.lengths.response))])
+        n, (under_prompt, on_problem) = self.lengths, self.sharing
+        forward = count * self.shape.forward_flops([(round(n.context), round(n.response))])
+        spared = (n.context - n.own) * (1 - 1 / under_prompt) + n.own * (1 - 1 / on_problem)
+        forward -= count * 2.0 * self.shape.body * spared  # attention's few FLOPs over them are not
         passes = 3 + self.recompute + self.kl
         share = self.shape.parameters / self.gpus
         # AdamW reads and writes masters, moments and gradient: 28 bytes a parameter; offloaded, over PCIe and in RAM

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fst_fast import plan
+from fst_fast import calibrate, plan
 from fst_fast.cli import PlanCommand, TrainCommand, parse_train
 from fst_fast.config import GLYPH, Config, preset
 from fst_fast.errors import UserError
@@ -154,8 +154,13 @@ def test_a_plan_with_a_run_to_resume_or_a_broken_config_is_refused(tmp_path: Pat
 # ------------------------------------------------------------------------------------------------ tokens and time
 
 
-def test_planned_tokens_and_rollouts_are_within_a_fifth_of_a_runs(tmp_path: Path) -> None:
-    config = replace(GLYPH, stream="glyph:A@20", tensorboard=False, progress=False)
+def test_planned_tokens_and_rollouts_are_within_a_fifth_of_a_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "LARGE", 96)  # seconds are not looked at
+    config = replace(
+        GLYPH, stream="glyph:A@10", eval=replace(GLYPH.eval, problems=16), tensorboard=False, progress=False
+    )
     options = PlanOptions(gpu="cpu")
     target = target_of(config, options)
     speed = speed_of(config, options, target)
@@ -215,6 +220,9 @@ def test_learning_takes_the_flops_of_its_passes_over_the_rate() -> None:
     rate = 8 * 989e12 * 0.4
     assert roofline().learn(512, 0) == pytest.approx(4 * forward / rate)  # three of the policy, the base's one
     assert roofline(kl=False, recompute=1.0).learn(512, 0) == pytest.approx(4 * forward / rate)
+    saved = 1000 * 3 / 4 + 200 / 2  # tokens of a context of which 1000 are shared by four, and 200 by two
+    spared = 512 * 2 * roofline().shape.body * saved
+    assert roofline(sharing=(4.0, 2.0)).learn(512, 0) == pytest.approx(4 * (forward - spared) / rate)
     assert roofline(offload=True).learn(512, 1) > roofline().learn(512, 1) > roofline().learn(512, 0)
 
 

@@ -20,7 +20,8 @@ from rich.console import Console
 
 from fst_fast.config import GLYPH, Config
 from fst_fast.errors import UserError
-from fst_fast.meter import Meter
+from fst_fast.meter import Meter, together
+from fst_fast.ranks import Ranks
 from fst_fast.telemetry import Telemetry, count, plain, print_summary, read_run, scalars
 from fst_fast.train import main
 
@@ -333,7 +334,7 @@ CUDA = torch.device("cuda", 0)
 
 def test_energy_is_the_integral_of_power_over_the_time_between_readings(nvml: FakeNvml) -> None:
     meter, logged = Meter(), list[str]()
-    meter.start(CUDA, 3.0, logged.append)
+    meter.start(CUDA, 3.0, logged.append, Ranks())
     wait_for(lambda: nvml.readings >= 6)
     spent = meter.read()
     meter.close()
@@ -349,7 +350,7 @@ def test_energy_is_the_integral_of_power_over_the_time_between_readings(nvml: Fa
 
 def test_the_sampling_thread_ends_with_the_meter_and_gives_nvml_back(nvml: FakeNvml) -> None:
     meter = Meter()
-    meter.start(CUDA, 0.0, lambda _: None)
+    meter.start(CUDA, 0.0, lambda _: None, Ranks())
     assert "nvml" in {t.name for t in threading.enumerate()}
     meter.close()
     assert "nvml" not in {t.name for t in threading.enumerate()}
@@ -359,7 +360,7 @@ def test_the_sampling_thread_ends_with_the_meter_and_gives_nvml_back(nvml: FakeN
 def test_a_gpu_that_stops_answering_is_said_once_and_the_run_goes_on(nvml: FakeNvml) -> None:
     nvml.dies = 3
     meter, logged = Meter(), list[str]()
-    meter.start(CUDA, 0.0, logged.append)
+    meter.start(CUDA, 0.0, logged.append, Ranks())
     wait_for(lambda: bool(logged))
     assert "joules" in meter.read()
     assert "joules" not in meter.read()
@@ -373,7 +374,7 @@ def test_without_nvml_the_log_says_so_once_and_gpu_hours_are_still_counted(
     for module, said in ((None, "pip install nvidia-ml-py"), (FakeNvml(missing="no driver"), "no driver")):
         monkeypatch.setitem(sys.modules, "pynvml", module)
         meter, logged = Meter(), list[str]()
-        meter.start(CUDA, 1.0, logged.append)
+        meter.start(CUDA, 1.0, logged.append, Ranks())
         assert len(logged) == 1
         assert said in logged[0]
         spent = meter.read()
@@ -382,9 +383,15 @@ def test_without_nvml_the_log_says_so_once_and_gpu_hours_are_still_counted(
         meter.close()
 
 
+def test_several_gpus_spend_energy_together_and_one_that_does_not_answer_is_left_out() -> None:
+    one, other = ({"joules": 10.0, "watts": 5.0, "memory": m, "utilisation": u} for m, u in ((3.0, 0.5), (4.0, 1.0)))
+    assert together([one, {}, other]) == {"joules": 20.0, "watts": 10.0, "memory": 4.0, "utilisation": 0.75}
+    assert together([{}, {}]) == {}
+
+
 def test_a_cpu_has_seconds_by_phase_alone_and_nobody_looks_for_a_gpu(nvml: FakeNvml) -> None:
     meter = Meter()
-    meter.start(torch.device("cpu"), 2.0, lambda _: pytest.fail("nothing to say"))
+    meter.start(torch.device("cpu"), 2.0, lambda _: pytest.fail("nothing to say"), Ranks())
     with meter.phase("outer"), meter.phase("inner"):
         time.sleep(0.02)
     with meter.phase("inner"):
