@@ -72,7 +72,8 @@ def workload(shape: str | None, steps: int, folder: Path) -> list[str]:
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    Qwen3ForCausalLM(Qwen3Config(**BUILT_IN[shape], **special)).save_pretrained(folder / "model")
+    with torch.device(DEVICE):
+        Qwen3ForCausalLM(Qwen3Config(**BUILT_IN[shape], **special)).save_pretrained(folder / "model")
     torch.set_default_dtype(torch.float32)
     tokenizer.save_pretrained(folder / "model")
     problems = folder / "problems.jsonl"
