@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 
 Work = Callable[[Callable[[bytes], None]], None]  # gets a function that writes
 LARGEST = 1 << 20  # bytes of a result
+PATIENCE = 3  # times its CPU time that a program may take on the clock: the machine may be busy
 MESSAGE = 500  # characters of an exception's text that are kept
 NO_SUCH_LAYER = {
     "seccomp": "there is no filter of system calls (seccomp) here: programs can start processes, write files and reach "
@@ -89,17 +90,17 @@ class Jail:
                 os._exit(70)
             write(seal + _call(self._names, program, function, argument))
 
-        said, status, late = self._in_child(child, self._seconds)
-        if late:
+        said, status, late = self._in_child(child, PATIENCE * self._seconds)
+        if late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
             return {"error": f"no result within {self._seconds:g} seconds"}
         if len(said) > LARGEST:
             return {"error": f"the result is larger than {LARGEST >> 20} MB"}
         if os.WIFSIGNALED(status):
-            killer = signal.Signals(os.WTERMSIG(status)).name
-            return {"error": f"the program was killed by {killer}{REASONS.get(killer, '')}"}
+            killer = SIGNALS.get(os.WTERMSIG(status), f"signal {os.WTERMSIG(status)}")
+            return {"error": f"the program was killed by {killer}"}
         if not said:
             return {"error": "the program ended itself without a result"}
-        if not said.startswith(seal) or status:
+        if not said.startswith(seal) or said.count(seal) > 1 or status:  # twice: by a process that it started
             return {"error": "the program wrote to the channel of its result"}
         kind, text = said[len(seal) : len(seal) + 1], said[len(seal) + 1 :].decode("utf-8", "replace")
         return {"result": text} if kind == b"=" else {"error": text}
@@ -107,9 +108,9 @@ class Jail:
     def _try(self, layer: str, write: Callable[[bytes], None]) -> None:
         write(confine([layer], self._ruleset))
 
-    def _in_child(self, work: Work, seconds: float) -> tuple[bytes, int, bool]:
+    def _in_child(self, work: Work, wall: float) -> tuple[bytes, int, bool]:
         """(what a fork wrote while it did `work`, its exit status, whether it was out of time). Nothing survives it."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + wall
         ours, its = os.pipe()
         parent = os.getpid()
         pid = os.fork()
@@ -131,7 +132,7 @@ class Jail:
         return said, status, late
 
 
-REASONS = {"SIGXCPU": ": out of CPU time", "SIGKILL": ": out of CPU time or of memory", "SIGSEGV": ": a crash"}
+SIGNALS = {s.value: s.name for s in signal.Signals} | {9: "SIGKILL: out of CPU time or of memory"}
 
 
 def _become(channel: int, parent: int, ruleset: int | None, work: Work) -> NoReturn:
@@ -214,6 +215,7 @@ def _call(names: dict[str, Any], program: str, function: str, argument: Any) -> 
 def limit(seconds: int, memory: int) -> None:
     import resource
 
+    # One that ignores SIGXCPU is killed a second later.
     limits = {"CPU": seconds + 1, "FSIZE": 0, "NOFILE": 64, "NPROC": 0, "CORE": 0, "MEMLOCK": 0}
     if sys.platform == "linux":
         limits["AS"] = memory
@@ -221,7 +223,7 @@ def limit(seconds: int, memory: int) -> None:
         what = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(what)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(what, (value, value))
+        resource.setrlimit(what, (min(value, seconds) if name == "CPU" else value, value))
 
 
 def confine(layers: list[str], ruleset: int | None) -> bytes:

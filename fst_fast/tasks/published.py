@@ -35,7 +35,7 @@ class PublishedOptions:
     programs: Annotated[int, Field(ge=1, le=10**7)] = 2000
     """codeio: programs that are read, from the source's beginning; three examples of each make six problems."""
     seconds: Annotated[float, Field(gt=0, le=600)] = 2.0
-    """codeio: wall time a program may take."""
+    """codeio: CPU time a program may take; on the clock three times as long."""
     unseen: str = "Modern Physics"
     """physics: the domain that is left out, and is what physics-ood has."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01

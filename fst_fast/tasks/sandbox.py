@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fst_fast.tasks.jail import PATIENCE
+
 GRACE = 5.0  # seconds beyond a program's own that its jail has to answer in; then the jail is killed with all in it
 START = 60.0  # seconds a jail has to start in: it runs the preamble
 KEPT = ("LD_LIBRARY_PATH",)  # what a Python may need to start; no other variable is seen by a program
@@ -48,9 +50,10 @@ class Outcome:
 class Sandbox:
     """A pool of jails, started on first use. Safe to share between threads.
 
-    A program has `seconds` of wall time, `memory` bytes of address space beyond the interpreter's, one thread, no other
-    process, no network, no file to write to, no signal to send, nothing of this process's environment; it sees Python's
-    own files only. What it prints is lost. `preamble` is trusted code whose names every program finds defined.
+    A program has `seconds` of CPU time and three times as many on the clock, `memory` bytes of address space beyond the
+    interpreter's, one thread, no other process, no network, no file to write to, no signal to send, nothing of this
+    process's environment; it sees Python's own files only, and what it prints is lost. `preamble` is trusted code whose
+    names every program finds defined.
 
     A layer that the host lacks is named by a warning when the first jail starts, and in `missing`.
     """
@@ -70,7 +73,7 @@ class Sandbox:
             if jail is None:
                 jail = _Jail(self._config)
                 _warn(jail.missing)
-            outcome = jail.ask(call, self._seconds + GRACE)
+            outcome = jail.ask(call, PATIENCE * self._seconds + GRACE)
             if outcome is None:
                 jail.kill()
                 jail = None

@@ -20,7 +20,7 @@ Write = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return make_task(f"codeio:{DATA}", seed=0)
+    return make_task(f"codeio:{DATA}", seed=0, data=PublishedOptions(seconds=1))
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_an_input_that_attacks_through_the_program_ends_in_an_error(task: Task) 
         "open('/etc/passwd').read()": "PermissionError",
         "__import__('os').kill(__import__('os').getppid(), 9)": "PermissionError",
         "__import__('os')._exit(0)": "ended itself without a result",
-        "[0 for _ in iter(int, 1)]": "no result within 2 seconds",
+        "[0 for _ in iter(int, 1)]": "no result within 1 seconds",
     }.items():
         verdict = task.verify(calculator, json.dumps({"input": {"expression": expression}}))
         assert (verdict.reward, reason in verdict.feedback) == (0, True), verdict.feedback
