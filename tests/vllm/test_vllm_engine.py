@@ -288,7 +288,7 @@ def test_weights_that_the_trainer_does_not_have_are_missed(
     qwen: Model, fresh: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = [(n, p) for n, p in qwen.lm.named_parameters() if "layers.1.mlp" not in n]
-    monkeypatch.setattr(qwen.lm, "named_parameters", lambda: iter(some))
+    monkeypatch.setattr(qwen.lm, "named_parameters", lambda **_: iter(some))
     with pytest.raises(RuntimeError, match=r"2 of vllm's weights .*layers\.1\.mlp"):
         fresh.load_weights(qwen, 4)
 
