@@ -30,10 +30,16 @@ LONGEST_ANSWER = 300  # characters of a final answer that are read
 FILLERS = set(
     re.findall(
         "[a-z]+",
-        "a above answer article articles boxed by claim conclusion evidence final given hence is it label mathrm my of "
-        "provided so statement text textbf that the therefore this thus verdict",
+        "a above answer article articles boxed by claim conclude conclusion evidence final given hence i is it label "
+        "mathrm my of provided so statement text textbf that the therefore this thus verdict",
     )
 )
+
+
+STATEMENTS = {
+    "supported": "SUPPORTED", "supports": "SUPPORTED",
+    "not supported": "NOT_SUPPORTED", "unsupported": "NOT_SUPPORTED", "does not support": "NOT_SUPPORTED",
+}  # fmt: skip
 
 
 class HoverTask(PublishedTask):
@@ -100,10 +106,9 @@ def read_label(response: str) -> str | None:
     answer = unicodedata.normalize("NFKC", final_answer(response[-LONGEST:])).casefold().replace("’", "'")
     if len(answer) > LONGEST_ANSWER or "?" in answer:
         return None
-    words = [w for w in re.findall(r"[^\W\d_]+", answer.replace("n't", " not")) if w not in FILLERS]
-    return {("supported",): "SUPPORTED", ("not", "supported"): "NOT_SUPPORTED", ("unsupported",): "NOT_SUPPORTED"}.get(
-        tuple(words)
-    )
+    answer = re.split(r"\b(?:because|since)\b", answer)[0]
+    words = [w for w in re.findall(r"[^\W_]+", answer.replace("n't", " not")) if w not in FILLERS]
+    return STATEMENTS.get(" ".join(words))
 
 
 class Articles:

@@ -66,7 +66,8 @@ def verdict(checker: MathChecker, expected: str, answer: str | None) -> Verdict:
     elif unfinished and not UNFINISHED.search(expected):
         outcome, said = "wrong", f"the answer {shown} is left unevaluated ({unfinished[0]})."
     else:
-        outcome, read = checker.compare(expected, f"\\boxed{{{answer.rstrip('. ')}}}")
+        bare = answer.replace("\\displaystyle", "").strip(". ")
+        outcome, read = checker.compare(expected, f"\\boxed{{{bare}}}")
         if outcome == "no answer":  # nothing mathematical, so its text is the answer
             outcome, read = ("right" if _same(answer).lower() == _same(expected).lower() else "wrong"), answer[:200]
         parts["read"] = float(outcome in ("right", "wrong"))

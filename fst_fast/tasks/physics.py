@@ -36,6 +36,8 @@ KINDS = re.compile(r"[^A-Za-z]*((?:TYPE)(?: *, *(?:TYPE))*)(?![A-Za-z])".replace
 CHOICES = {"yes": "true", "correct": "true", "right": "true", "no": "false", "incorrect": "false", "wrong": "false"}
 NAMED = re.compile(r"^.*(?:=|\\approx|\\simeq|\\sim|≈|\\equiv)", re.DOTALL)
 UPRIGHT = re.compile(r"\\(?:boldsymbol|bm|mathbf|vec|mathit) ?\{([^{}]*)\}|\\mathrm ?\{ ?~?(d|e|i)\}")
+NAMES = re.compile(r"\\(?:mathrm|text|operatorname) ?\{ ?(sin|cos|tan|sinh|cosh|tanh|arctan|exp|ln|log) ?\}")
+TAIL = re.compile(rf"{FONT.pattern}|\^? ?\{{? ?\\circ|°|\\?%")  # where the unit of an expression begins
 UNIT = re.compile(rf"{FONT.pattern}|\\circ|[°%Ω]|[A-Za-zµ]{{2}}")  # what a unit has where none is asked for
 ROUNDING = 0.1  # a rounded right answer leaves at most this much of it open
 
@@ -112,6 +114,10 @@ class PhysicsTask(PublishedTask):
         if found is None:
             return f"{shown} is no number that could be read."
         (value, its_unit), wanted = found, unit or right[1]
+        if not wanted and unit_of(its_unit) == "percent":
+            value, its_unit = value / 100, ""
+        if not its_unit and "\\pi" in answer and unit_of(wanted) == "degree":
+            its_unit = "rad"
         if its_unit and not wanted and not UNIT.search(its_unit):  # 3x for 3
             return f"{shown} was read as {value:g} {its_unit:.50}, where a bare number is right."
         if its_unit and wanted and _spelling(its_unit) != _spelling(wanted):
@@ -136,8 +142,10 @@ class PhysicsTask(PublishedTask):
         found = number(text)
         if found and (not found[1] or unit_of(found[1]) is not None or _is_text(found[1])):
             return found
-        font = FONT.search(text)
-        head, tail = (text[: font.start()], text[font.start() :]) if font else (text, "")
+        unit = TAIL.search(text)
+        head, tail = (text[: unit.start()], text[unit.start() :]) if unit else (text, "")
+        if unit_of(tail) is None and not _is_text(tail):
+            return None
         value = evaluate(head.strip()) if head.strip() else None
         return None if value is None else (value, tail)
 
@@ -203,7 +211,8 @@ def _stripped(text: str) -> str:
 
 def _upright(text: str) -> str:
     """Vectors without their arrows, d and e in italics, no space commands: as math-verify reads them."""
-    return UPRIGHT.sub(lambda m: m[1] or m[2] or "", plain(text)).strip(" .")
+    text = NAMES.sub(r"\\\1 ", plain(text))
+    return UPRIGHT.sub(lambda m: m[1] or m[2] or "", text).strip(" .")
 
 
 def _spelling(unit: str) -> str:
@@ -212,13 +221,15 @@ def _spelling(unit: str) -> str:
 
 def _is_text(text: str) -> bool:
     """Whether a number's rest is no more than words: a unit that pint does not know, as \\text{energy}, or m_{0}."""
-    return bool(re.fullmatch(r"[A-Za-z_ \\{}0-9'^-]{1,60}", text)) and not re.search(
-        r"\\(?:frac|sqrt|pi|times|cdot|log|ln|exp|sin|cos|tan|or|pm)(?![a-z])|\^ ?\{?-?[0-9]|[0-9] *$", text
+    return bool(re.fullmatch(r"[A-Za-z_ \\{}()0-9'^-]{1,60}", text)) and not re.search(
+        r"\\(?:frac|sqrt|pi|times|cdot|log|ln|exp|sin|cos|tan|pm)(?![a-z])|\^ ?\{?-?[0-9]|[0-9] *$"
+        r"|(?<![a-z])(?:or|and|not|either|about)(?![a-z])",
+        text,
     )
 
 
 def _choice(text: str) -> str:
     """The letter or truth value that a choice is, without the brackets and words around it."""
-    words = re.findall(r"[a-z]+", re.sub(r"\\[a-z]+", " ", text.casefold()))
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\\[a-z]+", " ", text.casefold()))
     words = [w for w in words if w not in ("the", "answer", "is", "option", "choice")]
     return " ".join(CHOICES.get(w, w) for w in words)

@@ -18,7 +18,7 @@ from fst_fast.tasks.verifiers import final_answer
 
 MAX_NODES = 1000
 LONGEST_ANSWER = 10_000  # characters of a final answer that are read
-PATH = re.compile(r"[0-9]+(?: ?(?:,|->|→|=>) ?[0-9]+)*")
+PATH = re.compile(r"(?<![-0-9.])[0-9]+(?:(?: ?(?:,|->|→|=>|>) ?| )[0-9]+)*")
 
 
 class StarGraphTask:
@@ -72,9 +72,12 @@ class StarGraphTask:
 
 
 def parse_path(response: str) -> list[str]:
-    """The longest list of numbers, separated by commas or arrows, in the final answer; empty when there is none."""
+    """The longest list of numbers in the final answer, with commas, arrows or spaces between them; empty when there is
+    none, or another one as long."""
     answer = " ".join(final_answer(response)[:LONGEST_ANSWER].split())
-    return max((re.findall("[0-9]+", run) for run in PATH.findall(answer)), key=len, default=[])
+    lists = {tuple(re.findall("[0-9]+", run)) for run in PATH.findall(answer)}
+    longest = [path for path in lists if len(path) == max(map(len, lists))]
+    return list(longest[0]) if len(longest) == 1 else []
 
 
 def _draw(id: str, arms: int, length: int, rng: random.Random) -> Problem:
