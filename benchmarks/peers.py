@@ -25,7 +25,7 @@ from fst_kernels.ops import row_step
 OURS = "fst_kernels"
 CISPO = Objective("cispo", 0.0, CAP)
 TRL_COLUMNS = 32768  # of a tile, TRL's own choice
-QUACK_ROWS = 4096  # of a chunk, its default
+QUACK_ROWS = 4096  # of a chunk, its default, which 0.6.5 refuses where it equals H ("m == n"): then half
 
 
 class Found(NamedTuple):
@@ -240,7 +240,8 @@ def quack() -> Step:
 
     def loss_of(p: Problem) -> Tensor:
         without_softcap(p)
-        return chunked_linear_cross_entropy(p.hidden, p.weight, p.labels, chunk_size=QUACK_ROWS)
+        rows = QUACK_ROWS // 2 if p.hidden.shape[1] == QUACK_ROWS else QUACK_ROWS
+        return chunked_linear_cross_entropy(p.hidden, p.weight, p.labels, chunk_size=rows)
 
     return cross_entropy(loss_of)
 
