@@ -152,7 +152,7 @@ def _rows(source: str, programs: int) -> list[dict[str, Any]]:
         names = ("problem_description", "io_requirements", "refcode", "funcname")
         texts = {name: field(row, name, str, where) for name in names}
         if ios := [{k: io[k] for k in ("input", "output")} for io in ios if isinstance(io["input"], dict)]:
-            rows.append({**texts, "ios": ios, "category": str(row.get("category", "")), "number": number})
+            rows.append({**texts, "ios": ios, "category": str(row.get("category") or ""), "number": number})
     if not rows:
         raise UserError(f"{source}: there is no program with an example.")
     return rows
@@ -161,7 +161,7 @@ def _rows(source: str, programs: int) -> list[dict[str, Any]]:
 def _rarest(rows: list[dict[str, Any]]) -> str:
     """The category with the fewest programs, of those that have a fair share; "" when all have one category."""
     counts = Counter(row["category"] for row in rows)
-    fair = [c for c in counts if counts[c] >= SHARE * len(rows)]
+    fair = [c for c in counts if c and counts[c] >= SHARE * len(rows)]
     return min(fair, key=lambda c: (counts[c], c)) if len(counts) > 1 and fair else ""
 
 

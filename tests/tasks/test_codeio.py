@@ -160,6 +160,7 @@ def test_data_that_does_not_fit_is_refused_in_one_sentence(
 
 
 def test_nothing_is_unseen_where_there_is_one_category(write: Write) -> None:
-    source = f"codeio-ood:{write({})}"
+    assert len(by_id(make_task(f"codeio-ood:{write({}, {'category': None})}", seed=0))) == 6
+    source = f"codeio-ood:{write({}, {})}"
     with pytest.raises(UserError, match="no two categories"):
         make_task(source, seed=0)
