@@ -217,7 +217,7 @@ def run_module(module: str, argv: Sequence[str], run_dir: Path) -> None:
         os.dup2(log.fileno(), 2)
     sys.argv = [module, *argv]
     try:
-        runpy.run_module(module, run_name="__main__")
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         with open(run_dir.with_suffix(".seconds"), "a") as spent:
             spent.write(f"{time.process_time():.1f}\n")

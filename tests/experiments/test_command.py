@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fst_fast.compare import core_seconds, work
 from fst_fast.config import stages
 from fst_fast.errors import UserError
 from fst_fast.experiments.__main__ import ExperimentsCommand, choose, main, setting_of
-from fst_fast.experiments.experiment import Arm, Setting
+from fst_fast.experiments.experiment import Arm, Base, Setting
 from fst_fast.experiments.pool import Pool, begins, cut
 from fst_fast.telemetry import read_run
 from fst_fast.train import train
@@ -104,6 +105,18 @@ def test_a_miniature_ends_in_files_and_a_page_and_is_not_run_again(
     main(argv)
     assert {path: path.read_bytes() for path in metrics} == metrics
     assert (interrupted / "report.html").is_file()
+
+
+def test_a_model_that_is_warmed_up_here_is_one_that_runs_start_from(tmp_path: Path) -> None:
+    setting = Setting(tuple(stages("glyph:A@2")), (0,), SMALL)
+    of = Pool([setting.arm("Llama, RL", "rl", setting.first, start=Base("llama", 1))], setting, tmp_path)
+    made, run = of.jobs.values()
+    assert run.needs == (made.dir,)
+    assert run.config.model.path == str(made.dir)
+    made.argv.append("--help")  # its command line is read, the minute of warm start is spared
+    work([made], 1)
+    assert "--family {qwen3,llama,gemma3}" in made.dir.with_suffix(".log").read_text()
+    assert core_seconds(made) > 0
 
 
 @pytest.mark.parametrize(
