@@ -158,7 +158,7 @@ def asymptote(setting: Setting, runs: Runs) -> Result:
         + (
             "The interval covers seeds and evaluation noise."
             if len(runs["RL"]) > 2
-            else f"With {len(runs['RL'])} seeds the interval covers the noise of evaluation only, not that of seeds."
+            else "With fewer than three seeds the interval covers the noise of evaluation only, not that of seeds."
         )
     ]
     drawn = curves(AGAINST_ROLLOUTS, runs)

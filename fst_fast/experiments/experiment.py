@@ -143,7 +143,7 @@ def check_fit(experiment: Experiment, setting: Setting) -> None:
 
 def each(values: Sequence[float | None], form: str = ".2f") -> str:
     """All seeds in a cell: "0.97 / 0.98 / –"."""
-    return " / ".join("–" if value is None else format(value, form) for value in values)
+    return " / ".join("–" if value is None else format(value, form).replace("-", "−") for value in values)
 
 
 def last(run: Run, key: str = "reward", stage: int | None = None) -> float:
