@@ -77,7 +77,7 @@ def calibrate(config: Config) -> Measured:
     """Samples and learns with the embedded model as `config` would, under prompts like those GEPA finds (glyph)."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     model, base = load_model(""), load_model("")
-    tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl) for s in stages(config.stream)]
+    tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl, data=config.data) for s in stages(config.stream)]
     policy = Policy(model, config.slow)
     learner, calls, rng = Learner(policy, base, config.slow), count(), random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,7 +102,7 @@ def calibrate(config: Config) -> Measured:
         few = max(1, len(groups) // 8)
         learner.step(groups[:few], rng)  # warm-up
         learning = _line(lambda n: learner.step(groups[:n], rng), few, len(groups))
-        saving = _seconds(lambda: saver.save(policy, {"step": 0}))
+        saving = _seconds(lambda: saver.save(policy, {"step": 0, "best": "", "population": []}))
         gate = _seconds(lambda: learner.log_ratios(every)) / len(every)
     context = fmean(len(r.prompt_ids) for r in every)
     lengths = Lengths(context, context, fmean(len(r.response_ids) for r in every), config.rollout.max_new_tokens)

@@ -1,7 +1,8 @@
 """Atomic checkpoints of everything a run needs to go on: weights, optimizer, and the loop's state.
 
 A checkpoint is a folder written under a temporary name, fsynced and renamed: `trainer/` (torch.distributed.checkpoint:
-masters and moments, read back on any number of ranks), `model/` (a Hugging Face folder), `state.json`. Its manifest,
+masters and moments, read back on any number of ranks), `model/` (a Hugging Face folder, with
+prompts.json), `state.json`. Its manifest,
 written last, holds a checksum of every file: a folder that does not match is passed over for the one before.
 """
 
@@ -42,7 +43,8 @@ class Saver:
         self._pending: Future[Path] | None = None
 
     def save(self, policy: Policy, state: dict[str, Any]) -> None:
-        """Write checkpoints/step-NNNNNN and drop all but the newest `keep`. `state` is plain JSON and holds "step"."""
+        """Write checkpoints/step-NNNNNN and drop all but the newest `keep`. `state` is plain JSON: State.to_dict(), at
+        least "step", and the texts "best" and "population"."""
         self.settle()
         ranks, trained = self._ranks, policy.state_dict()
         weights = _export(policy.model, ranks) if policy.model.sharded or self._thread else None
@@ -86,6 +88,8 @@ def save(
         _write(temporary / "trainer", trained, ranks)
         if ranks.main:
             save_model(model, temporary / "model", weights)
+            prompts = {"best": state["best"], "population": state["population"]}
+            (temporary / "model" / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False))
             (temporary / "state.json").write_text(json.dumps(state))
         files = [p for p in temporary.rglob("*") if p.is_file() and _writer(p) == ranks.rank]
         manifest = dict(sorted(ranks.join([(str(p.relative_to(temporary)), _sealed(p)) for p in files])))

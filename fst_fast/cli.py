@@ -84,13 +84,20 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     if name not in PRESETS:
         raise UserError(f"preset = {name!r}: must be one of {', '.join(PRESETS)}")
     default = preset(name, mode)
+    plan = PlanOptions()
+    if name.startswith("qwen3-8b") and not path:
+        if not planning:
+            raise UserError(f"model.path: the preset {name} trains a Qwen3-8B; give the folder that it is in")
+        plan = PlanOptions(model="qwen3-8b")
     if data:
         default = from_dict(data, default, source=known.config_file)
-    command = PlanCommand if planning else TrainCommand
+    command = TrainCommand(preset=name, config_file=known.config_file, config=default)
+    if planning:
+        command = PlanCommand(preset=name, config_file=known.config_file, config=default, plan=plan)
     return tyro.cli(
-        command,
+        type(command),
         args=list(argv),
-        default=command(preset=name, config_file=known.config_file, config=default),
+        default=command,
         prog="python -m fst_fast.train",
         config=(tyro.conf.FlagConversionOff,),
     )

@@ -265,7 +265,52 @@ GLYPH = Config(
     # waiting for each other; one thread a run lets `compare` use the cores side by side.
     threads=1,
 )
+
+# The paper's recipe for Qwen3-8B on a node of eight GPUs. "paper": in the paper itself or its announcement;
+# "second-hand": its appendix D as another implementation's documentation gives it; "ours": chosen here.
+QWEN3_8B = Config(
+    model=ModelConfig(dtype="bfloat16"),  # ours; fp32 masters, moments and reduction
+    rollout=RolloutConfig(
+        engine="vllm",  # ours
+        problems=32,  # second-hand
+        group_size=8,  # paper
+        temperature=1.0,  # ours: the losses' ratios are of the distribution really sampled from
+        gpu_memory=0.4,  # ours: what --plan says fits
+    ),
+    fast=FastConfig(
+        population=4,  # paper
+        every=6,  # paper
+        minibatch=3,  # second-hand
+        scoring_problems=192,  # second-hand: the problems of the next T batches
+        proposals=8,  # ours, with racing: a fraction of the 960 evaluations a cycle, second-hand
+        first_proposals=24,  # ours
+        reflector="openai",  # paper: another, stronger model
+    ),
+    reflector=ReflectorConfig(model="gpt-5.2"),  # paper; its prices are ours to keep up to date
+    slow=SlowConfig(
+        loss="cispo",  # paper
+        weight_max=4.0,  # second-hand
+        average="problem",  # paper, Eq. 4
+        lr=1e-6, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, warmup=10, minibatches=1,  # second-hand
+        kl_coef=0.001,  # second-hand
+        clip=1.0,  # ours
+        pack="auto",  # ours: exact
+        micro_tokens=16384, recompute="full",  # ours: what --plan says fits 80 GB
+    ),
+    eval=EvalConfig(every=20, samples=4),  # mean@4: paper; how often: ours
+    checkpoint_every=20,  # ours
+)  # fmt: skip
+# 200 steps a stage: paper. Longest response: ours, the paper's is not known here.
+QWEN3_8B_TASKS = {
+    "codeio": ("codeio:hkust-nlp/CodeIO-PyEdu-Reasoning-Raw@200", 4096),
+    "hover": ("hover:hover-nlp/hover@200", 2048),
+    "math": ("math:POLARIS-Project/Polaris-Dataset-53K@200", 8192),
+}
 PRESETS = {"glyph": GLYPH, "paper": Config()}
+PRESETS |= {
+    f"qwen3-8b-{task}": replace(QWEN3_8B, stream=stream, rollout=replace(QWEN3_8B.rollout, max_new_tokens=longest))
+    for task, (stream, longest) in QWEN3_8B_TASKS.items()
+}
 
 
 def preset(name: str, mode: Mode) -> Config:

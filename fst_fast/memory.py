@@ -31,7 +31,6 @@ class Layout:
     gpus: int
     recompute: Recompute
     offload: bool  # masters and moments in the CPU's memory
-    asleep: bool  # the engine gives its memory back while the trainer learns
     bytes: int  # of a weight
     micro_tokens: int
     kl: bool  # the base model's pass and head
@@ -88,9 +87,10 @@ def parts(shape: Shape, at: Layout) -> list[Part]:
         # FSDP2 gathers the next layer while one computes; one layer's whole gradients wait to be shared out
         out.append(Part("FSDP: two layers and the head gathered, a layer's gradients", 3 * layer + heads, "learning"))
     kv = size * shape.kv_elements * at.sequences * at.tokens
-    when: When = "sampling" if at.asleep else "always"
     if at.vllm:
-        out.append(Part(f"vLLM: weights and KV cache ({at.gpu_fraction:.0%})", at.gpu_fraction * at.gpu_bytes, when))
+        out.append(
+            Part(f"vLLM: weights and KV cache ({at.gpu_fraction:.0%})", at.gpu_fraction * at.gpu_bytes, "always")
+        )
     else:
         if sharded:
             out.append(Part("engine's copy of the weights", size * n, "always"))

@@ -41,8 +41,6 @@ class PlanOptions:
     """How many of them."""
     model: str = ""
     """A built-in shape (qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b) instead of --model.path's config.json."""
-    asleep: bool = True
-    """vLLM gives its memory back while the trainer learns."""
     prompt_tokens: Some = 400
     """Mean tokens of a system prompt (assumed; the embedded model's are measured)."""
     problem_tokens: Some = 200
@@ -247,7 +245,6 @@ def layout_of(config: Config, options: PlanOptions, target: Target) -> Layout:
         gpus=options.gpus,
         recompute=config.slow.recompute,
         offload=config.slow.offload,
-        asleep=options.asleep,
         bytes=4 if config.model.dtype == "float32" else 2,
         micro_tokens=config.slow.micro_tokens,
         kl=config.slow.kl_coef > 0 or config.mode == "fst-distill",
@@ -299,13 +296,13 @@ def _alternatives(at: Layout) -> Iterator[Layout]:
         for offload, micro, fraction, mode, size in product(
             (at.offload, True),
             dict.fromkeys((at.micro_tokens, min(at.micro_tokens, at.tokens))),
-            dict.fromkeys((at.gpu_fraction, 0.5, 0.7)),
+            dict.fromkeys((at.gpu_fraction, 0.4, 0.3, 0.5, 0.7)),
             modes[modes.index(at.recompute) :],
             (2, at.bytes),
         ):
             yield replace(
                 at, gpus=at.gpus * gpus, sequences=-(-at.sequences // gpus), offload=offload, micro_tokens=micro,
-                gpu_fraction=fraction, recompute=mode, bytes=size, asleep=True,
+                gpu_fraction=fraction, recompute=mode, bytes=size,
             )  # fmt: skip
 
 
@@ -316,7 +313,6 @@ def _flags(at: Layout, to: Layout) -> str:
         "model.dtype": (at.bytes, "bfloat16" if to.bytes == 2 != at.bytes else at.bytes),
         "slow.recompute": (at.recompute, to.recompute),
         "slow.offload": (at.offload, to.offload),
-        "plan.asleep": (at.asleep, to.asleep),
         "rollout.gpu-memory": (at.gpu_fraction, to.gpu_fraction),
         "slow.micro-tokens": (at.micro_tokens, to.micro_tokens),
     }
@@ -360,8 +356,8 @@ def sharing_of(config: Config, options: PlanOptions, response: float) -> tuple[f
     return max(1.0, min(config.rollout.problems * on_problem, fit)), max(1.0, min(on_problem, fit))
 
 
-def show(config: Config, options: PlanOptions) -> None:
-    """The command: refuse what cannot work or fit, else print the plan."""
+def lines(config: Config, options: PlanOptions) -> Iterator[str]:
+    """The plan, for people. UserError for what cannot work or fit."""
     check(config)
     target = target_of(config, options)
     if target.on_gpu or not target.here:
@@ -369,8 +365,7 @@ def show(config: Config, options: PlanOptions) -> None:
     speed = speed_of(config, options, target)
     live = options.live or (LIVE if target.here else 1.0)
     work = work_of(config, live)
-    for line in report(config, options, target, speed, work):
-        print(line)
+    yield from report(config, options, target, speed, work)
 
 
 def report(config: Config, options: PlanOptions, target: Target, speed: Speed, work: Work) -> Iterator[str]:

@@ -36,7 +36,7 @@ from fst_fast.files import Appender, write_atomic
 from fst_fast.launch import launch, workers
 from fst_fast.meter import Meter
 from fst_fast.model import Model, load_model, model_folder
-from fst_fast.plan import show as plan_run
+from fst_fast.plan import lines as plan_lines
 from fst_fast.ranks import Ranks, joined
 from fst_fast.rates import peak_flops
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
@@ -63,7 +63,7 @@ BASE_VERSION = -1  # policy_version of what the frozen base model sampled
 def main(argv: Sequence[str]) -> None:
     command = parse_train(argv)
     if isinstance(command, PlanCommand):
-        plan_run(command.config, command.plan)
+        print("\n".join(plan_lines(command.config, command.plan)))
         return
     if command.resume:
         run_dir = Path(command.resume)
@@ -88,7 +88,7 @@ def check_all(config: Config, run_dir: Path, *, resume: bool) -> None:
     check(config)
     model_folder(config.model.path)
     for stage in stages(config.stream):
-        make_task(stage.task, seed=config.seed, jsonl=config.jsonl)
+        make_task(stage.task, seed=config.seed, jsonl=config.jsonl, data=config.data)
     check_empty(run_dir, resume=resume)
 
 

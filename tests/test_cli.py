@@ -2,7 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fst_fast.cli import config_from
+import pytest
+
+from fst_fast.cli import PlanCommand, config_from, parse_train
+from fst_fast.config import PRESETS
+from fst_fast.errors import UserError
+from fst_fast.plan import lines as plan_lines
 
 
 def test_presets_depend_on_the_model_and_the_mode() -> None:
@@ -11,6 +16,18 @@ def test_presets_depend_on_the_model_and_the_mode() -> None:
     paper = config_from(["--model.path", "somewhere"])
     assert (paper.fast.every, paper.fast.population, paper.rollout.group_size, paper.rollout.problems) == (6, 4, 8, 32)
     assert (paper.slow.lr, paper.slow.weight_max, paper.slow.kl_coef, paper.slow.warmup) == (1e-6, 4.0, 0.001, 10)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("qwen3-8b")])
+def test_a_preset_of_qwen3_8b_needs_its_folder_and_is_planned_without(name: str) -> None:
+    with pytest.raises(UserError, match=rf"model.path: the preset {name} trains a Qwen3-8B"):
+        config_from(["--preset", name])
+    config = parse_train(["--preset", name, "--model.path", "somewhere", "--mode", "rl"]).config
+    assert (config.mode, config.fast.every, config.slow.recompute, config.model.dtype) == ("rl", 6, "full", "bfloat16")
+    assert config.stream.startswith(name.removeprefix("qwen3-8b-") + ":")
+    command = parse_train(["--plan", "--preset", name, "--plan.gpu", "h100", "--plan.gpus", "8"])
+    assert isinstance(command, PlanCommand)
+    assert any("fits in 78.0" in line for line in plan_lines(command.config, command.plan))
 
 
 def test_flags_are_read_alike_in_every_spelling(tmp_path: Path) -> None:

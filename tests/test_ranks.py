@@ -284,19 +284,21 @@ def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(t
     policy = Policy(load_model(""), SlowConfig(lr=1e-3))
     saver = checkpoint.Saver(tmp_path, Ranks(), keep=2, background=True)
     before = [m.detach().clone() for m in policy.masters]
-    saver.save(policy, {"step": 3})
+    state = {"step": 3, "best": "Füße?", "population": ["Füße?", "b"]}
+    saver.save(policy, state)
     with torch.no_grad():
         for master in policy.masters:
             master.add_(1.0)
     saver.settle()
     folder = checkpoint.latest(tmp_path)
     assert folder
+    assert json.loads((folder / "model" / "prompts.json").read_text()) == {k: state[k] for k in ("best", "population")}
     again = Policy(load_model(str(folder / "model")), SlowConfig())
     assert all(torch.equal(a, b) for a, b in zip(again.masters, before, strict=True))
     checkpoint.load_policy(folder, policy)
     assert all(torch.equal(a, b) for a, b in zip(policy.masters, before, strict=True))
     (tmp_path / "checkpoints" / "step-000004").write_text("in the way")
-    saver.save(policy, {"step": 4})
+    saver.save(policy, state | {"step": 4})
     with pytest.raises(OSError, match="step-000004"):  # and it is not lost
         saver.settle()
     assert checkpoint.latest(tmp_path) == folder
