@@ -90,6 +90,27 @@ def test_any_causal_lm_folder_and_any_jsonl_file_run_on_day_one(family: str, tmp
     assert metrics[1]["reflection"]["calls"] == 2
 
 
+def test_published_tasks_run_as_one_unlabelled_stream_from_one_agnostic_prompt(tmp_path: Path) -> None:
+    data = Path(__file__).parent / "data"
+    spec = f"math:{data / 'polaris.jsonl'}+hover:{data / 'hover'}>physics:{data / 'ugphysics'}"
+    flags = {
+        "model.path": save_tiny("qwen3", tmp_path / "model"), "stream": f"{spec}@2", "run-dir": tmp_path / "run",
+        "data.prompt": "agnostic", "rollout.problems": 4, "rollout.group-size": 2, "rollout.max-new-tokens": 4,
+        "fast.population": 1, "fast.every": 2, "fast.scoring-problems": 4, "fast.first-proposals": 1,
+        "reflector.max-new-tokens": 8, "eval.problems": 2, "eval.samples": 1, "threads": 1,
+        "tensorboard": False, "progress": False,
+    }  # fmt: skip
+    main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    evals = [r for r in lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval"]
+    assert [[part["weight"] for part in r["by_task"].values()] for r in evals] == [[0.5, 0.5, 0], [0, 0, 1]]
+    rollouts = lines(tmp_path / "run" / "rollouts" / "rollouts.jsonl")
+    said = {r["problem_id"].partition(":")[0]: r["feedback"] for r in rollouts}
+    assert {task: "expected: " in feedback for task, feedback in said.items()} == dict.fromkeys(
+        ("math", "hover", "physics"), True
+    )
+    assert {r["prompt"] for r in rollouts if r["purpose"] == "eval"} >= {"Solve the problem."}
+
+
 @pytest.mark.parametrize("mode", ["rl", "gepa", "rl-then-gepa", "fst-distill"])
 def test_each_mode_moves_only_its_own_channels(mode: str, tmp_path: Path) -> None:
     config = small(preset("glyph", mode), stream="glyph:A@2,glyph:B@2", run_dir=str(tmp_path))  # type: ignore[arg-type]

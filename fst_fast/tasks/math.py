@@ -23,6 +23,7 @@ class MathTask(PublishedTask):
     def __init__(self, source: str, seed: int, options: PublishedOptions, *, unseen: bool = False):
         super().__init__(f"math{'-ood' if unseen else ''}:{source}", seed, PROMPT, options)
         self._checker = MathChecker(strict=True)
+        self.side_by_side = self._checker.size
         if unseen:
             self.train, self.validation = [], self._read(source, "test")
         else:

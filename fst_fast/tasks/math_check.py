@@ -1,8 +1,8 @@
 """math-verify in a process of its own, killed when it hangs.
 
 Its own timeouts use signals: they work in main threads only, and cannot interrupt one long operation (9^9^9^9). Run as
-a script, this file is that process: JSON lines of [answer, response] in ([null, expression] for its value), of
-[outcome, what was read] out.
+a script, this file is that process: JSON lines of [seconds, answer, response] in ([seconds, null, expression] for its
+value), of [outcome, what was read] out.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import contextlib
 import json
 import math
 import os
+import queue
 import subprocess
 import sys
 import threading
 from typing import Any
 
-SECONDS = 10.0  # for one response, after which it counts as wrong
+SECONDS = 10.0  # of CPU time for one response, after which it counts as wrong: a busy machine changes no verdict
+PATIENCE = 3.0  # times as long it may take on the clock
 LONGEST = 8000  # characters of a response that are read, from its end
 MEMORY = 4 << 30  # bytes of address space of the process
 
 
 class MathChecker:
-    """Starts its process on first use, and again after a hang or a crash. Safe to share between threads.
+    """Starts a process on first use, and again after a hang or a crash; as many as threads ask at once, to `size`.
 
     `strict` reads LaTeX only, not the last number of a text that is none; without `units` a last letter is no unit that
     may be left out: v^2 m is not v^2.
@@ -31,8 +33,10 @@ class MathChecker:
     def __init__(self, seconds: float = SECONDS, *, strict: bool = False, units: bool = True):
         self.seconds = seconds
         self._arguments = ["-P", __file__, *(["strict"] if strict else []), *([] if units else ["bare"])]
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
+        self.size = min(16, os.cpu_count() or 1)
+        self._idle: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()  # None: not started yet
+        for _ in range(self.size):
+            self._idle.put(None)
 
     def check(self, answer: str, response: str) -> str:
         """Whether `response` equals `answer`: right or wrong; or "no answer", "no response" (nothing mathematical in
@@ -50,28 +54,30 @@ class MathChecker:
         return float(found) if found else None
 
     def _ask(self, question: list[str | None]) -> tuple[str, str]:
-        with self._lock:
-            process = self._process or self._start()
+        process = self._idle.get()
+        try:
+            process = process or self._start()
             assert process.stdin is not None
             assert process.stdout is not None
-            deadline = threading.Timer(self.seconds, process.kill)
+            deadline = threading.Timer(PATIENCE * self.seconds, process.kill)
             deadline.start()
             try:
-                process.stdin.write(json.dumps(question) + "\n")
+                process.stdin.write(json.dumps([self.seconds, *question]) + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except BrokenPipeError:
                 line = ""
             finally:
                 deadline.cancel()
-            self._process = process
             if not line.endswith("\n"):
                 process.kill()
                 process.wait()
-                self._process = None
+                process = None
                 return "stuck", ""
             outcome, read = json.loads(line)
             return outcome, read
+        finally:
+            self._idle.put(process)
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(  # -P: this folder is no place to import from
@@ -86,6 +92,7 @@ class MathChecker:
 def serve() -> None:
     import logging
     import resource
+    import signal
 
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -131,7 +138,8 @@ def serve() -> None:
 
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        answer, response = json.loads(line)
+        seconds, answer, response = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process
         print(json.dumps(value(response) if answer is None else compare(answer, response)), file=out, flush=True)
 
 

@@ -46,6 +46,7 @@ class PhysicsTask(PublishedTask):
     def __init__(self, source: str, seed: int, options: PublishedOptions, *, unseen: bool = False):
         super().__init__(f"physics{'-ood' if unseen else ''}:{source}", seed, PROMPT, options)
         self._tolerance, self._checker = options.tolerance, MathChecker(strict=True, units=False)
+        self.side_by_side = self._checker.size
         self._value = lru_cache(10_000)(self._checker.value)  # of right answers
         problems = [
             self._problem(row, where)

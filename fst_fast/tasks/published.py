@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from fst_fast.errors import UserError
-from fst_fast.records import Problem
+from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
 from fst_fast.tasks.split import hold_out
 from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message
@@ -46,6 +47,7 @@ class PublishedTask:
     """A task whose problems have a text in `data["problem"]`; subclasses read them and verify."""
 
     phrasebook: Mapping[str, Sequence[str]] = {}
+    side_by_side = 1  # answers that are verified at once: as many as the verifier has processes
     train: Sequence[Problem]
     validation: Sequence[Problem]
 
@@ -55,6 +57,13 @@ class PublishedTask:
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:
         return [{"role": "system", "content": prompt}, {"role": "user", "content": problem.data["problem"]}]
+
+    def verify(self, problem: Problem, response: str) -> Verdict:
+        raise NotImplementedError
+
+    def verify_all(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        with ThreadPoolExecutor(self.side_by_side) as pool:
+            return list(pool.map(lambda answer: self.verify(*answer), answers))
 
     def hold_out(self, problems: Sequence[Problem], source: str) -> None:
         """Splits `problems` into train and validation."""

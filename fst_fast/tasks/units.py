@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from functools import cache, lru_cache
 from typing import Any
 
+LOCK = threading.Lock()  # pint's registry is not for several threads
 LONGEST_UNIT = 80  # characters
 MANTISSA = r"[-+]? ?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 POWER = r"10 ?(?:\^|\*\*) ?\{? ?(?P<power>[-+]?[0-9]{1,4}) ?\}?"
@@ -91,13 +93,14 @@ def unit_of(text: str) -> str | None:
     factors = _factors(text)
     if factors is None:
         return None
-    product = _registry().dimensionless
-    for name, power in factors:
-        known = _known(name)
-        if known is None:
-            return None
-        product *= known**power
-    return str(product)
+    with LOCK:
+        product = _registry().dimensionless
+        for name, power in factors:
+            known = _known(name)
+            if known is None:
+                return None
+            product *= known**power
+        return str(product)
 
 
 def _factors(text: str) -> list[tuple[str, int]] | None:
@@ -138,9 +141,9 @@ def convert(value: float, unit: str, wanted: str) -> float | None:
     """`value` in another unit, both as of `unit_of`; None when they do not measure the same thing."""
     import pint
 
-    registry = _registry()
     try:
-        return float(registry.Quantity(value, unit).to(wanted).magnitude)
+        with LOCK:
+            return float(_registry().Quantity(value, unit).to(wanted).magnitude)
     except (pint.PintError, ArithmeticError, ValueError):
         return None
 

@@ -11,6 +11,7 @@ import pytest
 
 from fst_fast.records import Problem
 from fst_fast.tasks import make_task
+from fst_fast.tasks.task import verdicts
 
 DATA = Path(__file__).parents[1] / "data"
 Case = tuple[Problem, str, bool]  # problem, response, whether it is right
@@ -396,8 +397,8 @@ KNOWN: dict[str, set[tuple[str, str]]] = {
 def test_of_200_answers_only_the_known_ones_are_misjudged(name: str) -> None:
     task, cases = make_task(SPECS[name], seed=0), CASES[name]()
     misjudged: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
-    for problem, response, right in cases:
-        verdict = task.verify(problem, response)
+    said = verdicts(task, [(problem, response) for problem, response, _ in cases])
+    for (problem, response, right), verdict in zip(cases, said, strict=True):
         assert 0 < len(verdict.feedback) < 2000
         if verdict.reward != right:
             expected = (
