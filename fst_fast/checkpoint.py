@@ -47,7 +47,8 @@ class Saver:
         least "step", and the texts "best" and "population"."""
         self.settle()
         ranks, trained = self._ranks, policy.state_dict()
-        weights = _export(policy.model, ranks) if policy.model.sharded or self._thread else None
+        model = policy.model
+        weights = _export(model, ranks) if model.sharded or model.update_of or self._thread else None
         if self._thread is None:
             save(self.run_dir, policy.model, trained, state, weights, ranks, keep=self.keep)
             return

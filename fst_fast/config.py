@@ -167,6 +167,9 @@ class SlowConfig:
     recompute: Recompute = "off"
     """Activation checkpointing: what a layer computed is kept for the backward pass (off), its matrix products and
     attention are (selective), or only its input is and all else is computed again (full)."""
+    lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    """0 = all weights are trained; else low-rank updates of the blocks' linear layers alone (LoRA, needs the extra
+    [lora]). Engines and exported models have them added in. Wants a larger slow.lr."""
     offload: bool = False
     """Masters and optimizer state in host memory; sharded runs on GPUs only (a single GPU counts: --ranks 1)."""
 
@@ -347,6 +350,10 @@ def check_installed(config: Config) -> None:
     """Reject what this machine has not installed. Raises UserError."""
     if config.wandb and not find_spec("wandb"):
         raise UserError("wandb = True: it is not installed; pip install 'fst-fast[wandb]', or leave it out")
+    if config.slow.lora_rank and not find_spec("peft"):
+        raise UserError(
+            f"slow.lora_rank = {config.slow.lora_rank}: peft is not installed; pip install 'fst-fast[lora]', or use 0"
+        )
     if config.rollout.engine == "vllm" and not find_spec("vllm"):
         raise UserError(
             "rollout.engine: vllm is not installed; pip install 'fst-fast[vllm]' on a GPU machine, or use torch"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ class Model:
                 f"model.path: {path} names no end token; set eos_token in its tokenizer or generation config"
             )
         self.sharded = False  # over ranks: the parameters are DTensors, fp32 masters of what is computed with
+        self.update_of: Callable[[str], torch.Tensor | None] | None = None  # by LoRA (slow/lora.py), by parameter
         self._folds_system = False
         self._template_kwargs = template_kwargs or {}
         self._heads: dict[tuple[tuple[str, str], ...], tuple[int, ...]] = {}  # ids up to the last message's content
@@ -80,13 +81,17 @@ class Model:
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and values of all parameters, in the type that is computed with, a tied one once.
+        """Names and values of all parameters, in the type that is computed with, a tied one once; LoRA added in.
 
         Of a sharded model one after the other is gathered: all ranks go through them together, and none has room to
         keep them.
         """
         for name, p in self.lm.named_parameters():
-            yield name, whole(p.detach().to(self.device, self.dtype))
+            if ".lora_" not in name:
+                value, update = whole(p.detach().to(self.device, self.dtype)), self.update_of and self.update_of(name)
+                if update is not None:
+                    value = (value.float() + update.to(self.device)).to(self.dtype)
+                yield name.replace(".base_layer.", "."), value
 
     def hidden(self, ids: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
         """Final hidden states [B, T, H] (after the last norm) of token ids [B, T]; `cache`: keys and values so far."""

@@ -359,6 +359,8 @@ def sharing_of(config: Config, options: PlanOptions, response: float) -> tuple[f
 def lines(config: Config, options: PlanOptions) -> Iterator[str]:
     """The plan, for people. UserError for what cannot work or fit."""
     check(config)
+    if config.slow.lora_rank:
+        raise UserError("slow.lora_rank: a plan knows the training of all weights alone; use 0 for an upper bound")
     target = target_of(config, options)
     if target.on_gpu or not target.here:
         check_fits(config, options, target)

@@ -50,6 +50,7 @@ from fst_fast.seeding import stream
 from fst_fast.shape import shape_of
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner, StepReport
+from fst_fast.slow.lora import adapt
 from fst_fast.slow.policy import Policy
 from fst_fast.slow.sharding import recompute, shard
 from fst_fast.state import State, fingerprint
@@ -159,6 +160,8 @@ class Trainer:
         self.inputs = fingerprint([*self.tasks, *([self.ood] if self.ood else [])], self.base)
         self.shape = shape_of(self.model.lm.config, sum(p.numel() for p in self.model.lm.parameters()), path)
         self.peak = self.ranks.size * peak_flops(self.model.device, config.peak_tflops)
+        if config.slow.lora_rank:
+            adapt(self.model, config.slow.lora_rank, config.seed)
         recompute(self.model, config.slow.recompute)
         replica = self._shard() if self.ranks.mesh else None
         self.policy = Policy(self.model, config.slow)

@@ -131,6 +131,7 @@ def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytes
         (["--rollout.max-new-tokens", "50000"], "rollout.max_new_tokens = 50000: with 600 tokens of prompt"),
         (["--plan.gpu", "tpu"], "plan.gpu = 'tpu': rates are known of h100, h200, a100, cpu"),
         (["--plan.model", "gpt-9"], "plan.model = 'gpt-9': there is no gpt-9/config.json"),
+        (["--slow.lora-rank", "8"], "slow.lora_rank: a plan knows the training of all weights alone"),
         (["--rollout.group-size", "6"], "rollout.group_size = 6 cannot be spread evenly"),
     ],
 )

@@ -73,6 +73,10 @@ def on(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], 
     return of
 
 
+def newest(run: Path) -> Path:
+    return checkpoint.folders(run)[0]
+
+
 def assert_same_run(run: Path, other: Path) -> None:
     """Of equal decisions and equal responses; numbers may differ by 1e-5."""
     mine, others = lines(run / "metrics.jsonl"), lines(other / "metrics.jsonl")
@@ -135,17 +139,41 @@ def test_bf16_trains_on_sharded_fp32_masters(family: str, kept: str, warm: Warm,
     }  # fmt: skip
     ended = warm.run(*flags(run, **changes), ranks=2)
     assert ended.code == 0, ended.stderr
-    newest = checkpoint.folders(run)[0]
-    policy = Policy(load_model(str(newest / "model"), dtype="bfloat16"), SlowConfig())
-    checkpoint.load_policy(newest, policy)
+    saved = newest(run)
+    policy = Policy(load_model(str(saved / "model"), dtype="bfloat16"), SlowConfig())
+    checkpoint.load_policy(saved, policy)
     start = dict(load_model(str(folder), dtype="bfloat16").lm.named_parameters())
     moved = {name: master - start[name].float() for name, master in policy.state_dict()["masters"].items()}
     assert policy.updates == 4
     assert all(0 < float(change.abs().max()) < 1e-5 for change in moved.values())
-    exported = load_file(newest / "model" / "model.safetensors")
+    exported = load_file(saved / "model" / "model.safetensors")
     assert all(w.dtype == torch.bfloat16 for w in exported.values())
-    assert json.loads((newest / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((saved / "model" / "config.json").read_text())["dtype"] == "bfloat16"
     assert all(torch.equal(exported[n], m.bfloat16()) for n, m in policy.state_dict()["masters"].items())
+
+
+def test_lora_trains_low_rank_updates_alone_and_exports_a_plain_model(warm: Warm, tmp_path: Path) -> None:
+    folder, runs = save_tiny("llama", tmp_path / "model"), [tmp_path / "one", tmp_path / "two"]
+    changes = {
+        "model__path": folder, "slow__lora_rank": 4, "slow__lr": 1e-2, "slow__warmup": 0, "mode": "rl",
+        "stream": "jsonl:tests/data/noise.jsonl@2", "jsonl__verifier": "regex", "rollout__max_new_tokens": 8,
+        "rollout__problems": 8, "slow__recompute": "selective",
+    }  # fmt: skip
+    for ranks, run in enumerate(runs, 1):
+        ended = warm.run(*flags(run, **changes), ranks=ranks)
+        assert ended.code == 0, ended.stderr
+    assert_same_run(runs[1], runs[0])
+    start, end = dict(load_model(str(folder)).weights()), dict(load_model(str(newest(runs[0]) / "model")).weights())
+    moved = {name: torch.linalg.matrix_rank(end[name] - w, rtol=1e-3).item() for name, w in start.items() if w.ndim > 1}
+    assert moved.pop("model.embed_tokens.weight") == moved.pop("lm_head.weight") == 0
+    assert set(moved.values()) == {4}
+    trainer = train.Trainer(cli.read_config(runs[0]), runs[0])
+    trainer.restore()
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        adapted, plain = trainer.model.hidden(ids), load_model(str(newest(runs[0]) / "model")).hidden(ids)
+    assert torch.allclose(adapted, plain, atol=1e-4)
+    assert {name.split(".lora_")[1][0] for name in trainer.policy.state_dict()["masters"]} == {"A", "B"}
 
 
 class Answers(Handler):
