@@ -23,7 +23,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from fst_fast.model import Model
 from fst_fast.slow import tree_attention
 from fst_fast.slow.packing import Packed, pack, prepare
-from fst_fast.slow.tree_attention import Tree
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 Lengths = tuple[int, list["Lengths"]]  # of a node, and of what is below it
@@ -81,17 +80,15 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return max(float(off.square().mean().sqrt() / mean), float((off / norm.clamp(min=mean)).max()) / 4)
 
 
-def attention(
-    checks: Checks, name: str, nodes: list[Lengths], heads: tuple[int, int, int], dtype: torch.dtype, whole: bool
-) -> None:
-    """In one call where `whole`, or one a node. In memory as transformers has them: transposed views of [1, N, ...]."""
+def attention(checks: Checks, name: str, nodes: list[Lengths], heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """In memory as transformers has them: transposed views of [1, N, ...]."""
     torch.manual_seed(0)
     packed = pack(list(sequences(nodes)), min_saving=1)
     n, (h, kv, d) = len(packed.ids), heads
     leaves = [torch.randn(1, n, x, d, device=DEVICE).to(dtype).transpose(1, 2).requires_grad_() for x in (h, kv, kv)]
     upstream = torch.randn(1, n, h, d, device=DEVICE).to(dtype).transpose(1, 2)
     scale = d**-0.5
-    tree = Tree.of(packed.spans, leaves[0].device) if whole else Tree(packed.spans, [])
+    tree = tree_attention.Tree.of(packed.spans, leaves[0].device)
     ours = tree_attention.tree_attention(leaves[0], leaves[1], leaves[2], tree, scale)
     found = torch.autograd.grad(ours, leaves, upstream)
 
@@ -151,9 +148,8 @@ def main() -> None:
         short = str(dtype).removeprefix("torch.")
         for heads in HEADS[-2:-1] if args.quick or dtype != torch.bfloat16 else HEADS:
             for shape in QUICK if args.quick else TRIES:
-                for whole in (True, False) if DEVICE == "cuda" and dtype != torch.float32 else (False,):
-                    name = f"{short}, {heads[0]}:{heads[1]} x {heads[2]}, {shape}, {'whole' if whole else 'by node'}"
-                    checks.run(name, lambda a=(checks, name, TRIES[shape], heads, dtype, whole): attention(*a))
+                name = f"{short}, {heads[0]}:{heads[1]} x {heads[2]}, {shape}"
+                checks.run(name, lambda a=(checks, name, TRIES[shape], heads, dtype): attention(*a))
         if dtype != torch.float16:
             checks.run(f"{short}, model", lambda dtype=dtype, s=short: model(checks, f"{s}, model", 64, dtype))
     failed = [row["check"] for row in checks.rows if not row["ok"]]

@@ -156,13 +156,6 @@ class Recording(Policy):
 
 
 @contextlib.contextmanager
-def by_node() -> Iterator[None]:
-    """A flash call for each node, as on the CPU."""
-    with patch.object(tree_attention, "_paths", lambda *_: []):
-        yield
-
-
-@contextlib.contextmanager
 def flex() -> Iterator[None]:
     """FlexAttention with a block mask: token j is above token i if j ≤ i and i stands below j's node."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -182,7 +175,7 @@ def flex() -> Iterator[None]:
         yield
 
 
-ATTENTION = {"by node": by_node, "flex": flex}  # on a GPU, besides the trainer's
+ATTENTION = {"flex": flex}  # on a GPU, besides the trainer's
 
 
 def make_groups(model: Model, args: argparse.Namespace, length: int) -> list[Group]:

@@ -3,7 +3,8 @@
 Tokens lie depth-first, so that whatever stands below a node is one slice after it. On a CPU the keys of a node are seen
 by its own tokens causally and by all tokens below it whole: one kernel call a node. Outputs are merged by their
 log-sum-exp, and backward hands each call the merged output and log-sum-exp, as ring attention does (arXiv 2310.01889).
-On a GPU launches cost more than copies: the nodes are the sequences of one call, each with a copy of the keys above it.
+On a GPU launches cost more than copies: the nodes are the sequences of one call, each with a copy of the keys above it
+(a training step of Qwen3-1.7B on an H200: .39 s, with a call a node .54, with FlexAttention .38 and its compilation).
 """
 
 from __future__ import annotations
@@ -184,15 +185,15 @@ class _TreeAttention(torch.autograd.Function):
         out = q.new_empty(q.shape, dtype=wide)
         lse = q.new_empty(q.shape[:-1], dtype=wide)
         for span in spans:
-            for rows, causal in _calls(q, span):
-                part, part_lse = _forward(q[..., rows, :], *_keys(k, v, span, q.shape[1]), causal, scale)
-                if span.top:
-                    out[..., rows, :], lse[..., rows] = part, part_lse
-                else:
-                    so_far = lse[..., rows]
-                    weight = torch.sigmoid(part_lse - so_far)[..., None]
-                    out[..., rows, :].lerp_(part.to(wide), weight)
-                    torch.logaddexp(so_far, part_lse, out=so_far)
+            rows = slice(span.start, span.stop)
+            part, part_lse = _forward(q[..., rows, :], *_keys(k, v, span, q.shape[1]), scale)
+            if span.top:
+                out[..., rows, :], lse[..., rows] = part, part_lse
+            else:
+                so_far = lse[..., rows]
+                weight = torch.sigmoid(part_lse - so_far)[..., None]
+                out[..., rows, :].lerp_(part.to(wide), weight)
+                torch.logaddexp(so_far, part_lse, out=so_far)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.spans, ctx.scale = spans, scale
@@ -205,38 +206,16 @@ class _TreeAttention(torch.autograd.Function):
         dq = torch.empty_like(q, dtype=lse.dtype)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         for span in ctx.spans:
-            below: tuple[torch.Tensor, torch.Tensor] | None = None
-            for rows, causal in _calls(q, span):
-                part, part_k, part_v = _backward(
-                    grad[..., rows, :],
-                    q[..., rows, :],
-                    *_keys(k, v, span, q.shape[1]),
-                    out[..., rows, :],
-                    lse[..., rows],
-                    causal,
-                    ctx.scale,
-                )
-                if span.top:
-                    dq[..., rows, :] = part
-                else:
-                    dq[..., rows, :] += part
-                both = part_k.sum(1, dtype=lse.dtype), part_v.sum(1, dtype=lse.dtype)
-                below = both if below is None else (below[0] + both[0], below[1] + both[1])
-            assert below is not None
-            dk[:, span.start : span.end], dv[:, span.start : span.end] = below
+            rows, own = slice(span.start, span.stop), slice(span.start, span.end)
+            keys = _keys(k, v, span, q.shape[1])
+            of_rows = grad[..., rows, :], q[..., rows, :], *keys, out[..., rows, :], lse[..., rows]
+            part, *parts = _backward(*of_rows, ctx.scale)
+            if span.top:
+                dq[..., rows, :] = part
+            else:
+                dq[..., rows, :] += part
+            dk[:, own], dv[:, own] = (x.sum(1, dtype=lse.dtype) for x in parts)
         return dq.to(q.dtype), dk, dv, None, None
-
-
-def _calls(q: torch.Tensor, span: Span) -> list[tuple[slice, bool]]:
-    """The queries that see the keys of `span`, and whether causally.
-
-    torch's CPU kernel aligns its causal mask at the top left: query i sees the keys up to i, so those after the last
-    key see all of them, and one call does. Flash attention on a GPU wants a square under a causal mask: two calls.
-    """
-    if _on_cpu(q):
-        return [(slice(span.start, span.stop), True)]
-    below = [(slice(span.end, span.stop), False)] if span.stop > span.end else []
-    return [(slice(span.start, span.end), True), *below]
 
 
 def _keys(k: torch.Tensor, v: torch.Tensor, span: Span, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,16 +232,12 @@ def _on_flash(q: torch.Tensor) -> bool:
     return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [..., L, D] and log-sum-exp [..., L] of queries [..., L, D] over keys [..., S, D]."""
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [..., L, D] and log-sum-exp [..., L] of queries [..., L, D] over keys [..., S, D], S ≤ L: query i sees the
+    keys up to i, and those after the last key see all of them, as torch's CPU kernel aligns its causal mask."""
     if _on_cpu(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if _on_flash(q):
-        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-        return found[0], found[1]
-    scores = _scores(q, k, causal, scale)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    scores = _scores(q, k, scale)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 
@@ -274,30 +249,21 @@ def _backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v where `out` and `lse` are those over *all* keys: probabilities come out right without the
     other keys."""
     if _on_cpu(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, scale=scale
+            grad, q, k, v, out, lse, 0.0, True, scale=scale
         )
-    if _on_flash(q):
-        seed = torch.empty(0, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), None, None, q.shape[-2], k.shape[-2], 0.0, causal, seed, seed,
-            scale=scale,
-        )  # fmt: skip
-    p = (_scores(q, k, causal, scale) - lse[..., None]).exp()
+    p = (_scores(q, k, scale) - lse[..., None]).exp()
     delta = (grad * out).sum(-1, dtype=lse.dtype)
     ds = p * ((grad @ v.mT).to(lse.dtype) - delta[..., None]) * scale
     return ds.to(k.dtype) @ k, ds.to(q.dtype).mT @ q, p.to(grad.dtype).mT @ grad
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    if not causal:
-        return scores
     seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     return scores.masked_fill(~seen, float("-inf"))

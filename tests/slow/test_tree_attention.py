@@ -55,6 +55,12 @@ def test_every_type_keeps_its_precision(dtype: torch.dtype, tolerance: float) ->
     assert max(errors(RAGGED, 1, dtype, lambda spans: tree.Tree(spans, []))) < tolerance
 
 
+def test_plain_products_serve_where_no_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 on a GPU."""
+    monkeypatch.setattr(tree, "_on_cpu", lambda _: False)
+    assert max(errors(RAGGED, 1, torch.float64, lambda spans: tree.Tree(spans, []))) < 1e-12
+
+
 # ---- a GPU's calls -------------------------------------------------------------------------------------------------
 
 
@@ -247,8 +253,8 @@ def _detached(real: Callable[..., Any]) -> Callable[..., Any]:
 def _unmerged(real: Callable[..., Any]) -> Callable[..., Any]:
     """A backward by each call's own softmax, instead of the merged one."""
 
-    def backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, scale: float) -> Any:
-        return real(grad, q, k, v, *tree._forward(q, k, v, causal, scale), causal, scale)
+    def backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, scale: float) -> Any:
+        return real(grad, q, k, v, *tree._forward(q, k, v, scale), scale)
 
     return backward
 
