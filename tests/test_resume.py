@@ -49,7 +49,7 @@ RUNS: dict[str, dict[str, object]] = {
     # the cycle at step 2 is asked ahead too, that at 4 not, for the checkpoint there
     "lookahead": SMALL | {
         "mode": "fst", "stream": "glyph:A@6", "rollout.lookahead": 1, "rollout.max-batch": 6, "fast.reuse": True,
-        "fast.every": 2, "eval.every": 4, "checkpoint-every": 4,
+        "fast.every": 2, "eval.every": 4, "checkpoint-every": 4, "fast.race": False, "fast.scoring-problems": 8,
     },
 }  # fmt: skip
 
@@ -181,12 +181,13 @@ def test_the_runs_that_are_killed_here_learn_in_each_of_their_channels(whole: Wh
         assert any(r["proposals"] for r in kinds["evolve"]) == (settings["mode"] != "rl"), run
         accepted += sum(r["accepted"] for r in kinds["evolve"])
         spanning = [r["step"] - 1 for r in kinds["step"] if r.get("spanning")]
-        assert spanning == ([1, 3, 5] if run == "lookahead" else []), run
+        assert spanning == ([1, 2, 3, 5] if run == "lookahead" else []), run  # at 2: reused first scores
     assert accepted > 2
     stored = (whole("lookahead") / "rollouts" / "rollouts.jsonl").read_text().splitlines()
     scored = [r for r in map(json.loads, stored) if r["scoring"]]
     by_weights = {step: {v for r in scored if r["step"] == step for v, _ in r["versions"]} for step in (0, 2, 4)}
     assert by_weights == {0: {0}, 2: {1, 2}, 4: {4}}
+    assert any(len(r["versions"]) == 2 for r in scored)
 
 
 def test_a_finished_run_resumed_stays_as_it_is(warm: Warm, whole: Whole, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_the_lower_bound_is_near_the_best_of_all_placements() -> None:
                   for where in itertools.product((0, 1), repeat=6)]  # fmt: skip
         best = min(max(alone(heavy, part) for part in split) for split in splits)
         ratios.append(lower_bound(replace(SMALL, engines=2, hardware=heavy), jobs) / best)
+        assert lower_bound(replace(SMALL, engines=1, hardware=heavy), jobs) == pytest.approx(alone(heavy, jobs))
     assert max(ratios) <= 1 + 1e-9
     assert sum(ratios) / len(ratios) > 0.9
 

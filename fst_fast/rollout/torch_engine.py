@@ -68,7 +68,8 @@ class TorchEngine:
 
     def submit(self, requests: Sequence[Request]) -> None:
         check_lengths(requests, self.model.context)
-        self._waiting.extend(sorted(requests, key=lambda r: r.priority))  # stable: keeps the trie order
+        # stable: keeps the trie order
+        self._waiting = deque(sorted([*self._waiting, *requests], key=lambda r: r.priority))
 
     def abort(self, ids: Iterable[int]) -> list[Completion]:
         unwanted = set(ids)

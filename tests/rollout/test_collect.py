@@ -173,6 +173,14 @@ def test_what_is_under_way_changes_nothing_for_evaluations_and_gepa(ahead: Colle
 PURPOSES = ("eval", "gepa")
 
 
+def test_gepas_rollouts_are_filler_behind_those_of_any_step(ahead: Collector) -> None:
+    task, wanted = GlyphTask("A", 0), asks(GlyphTask("A", 0))
+    filler = ahead.submit(task, wanted, purpose="gepa", step=1, key=(0,))
+    ahead.finish(ahead.submit(task, wanted, purpose="rl", step=9, key=(9,)))
+    assert len(ahead._done) < len(wanted)
+    assert len(ahead.finish(filler)) == len(wanted)
+
+
 def test_a_request_that_an_engine_dropped_is_an_error_and_no_endless_wait(ahead: Collector) -> None:
     task, wanted = GlyphTask("A", 0), asks(GlyphTask("A", 0))
     under_way = ahead.submit(task, wanted, purpose="rl", step=0, key=(0,))

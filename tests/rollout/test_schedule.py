@@ -110,6 +110,11 @@ def test_of_equal_engines_a_unit_joins_its_prefix() -> None:
     assert place(Plan(units, [50, 50]), [0.0, 10_000.0]) == [0] * 20  # work comes before affinity
 
 
+def test_a_prefix_that_is_on_two_engines_is_work_on_neither() -> None:
+    units = [Unit((i,), (0, 1 + i), 0, predicted) for i, predicted in enumerate((100.0, 90.0, 10.0))]
+    assert place(Plan(units, [1000, 0, 0, 0]), [0.0, 0.0]) == [0, 1, 1]
+
+
 def test_a_problem_under_all_prompts_is_spread_when_nothing_is_known_of_lengths() -> None:
     requests = [(k,) * 50 + (100 + x,) * 5 for k in range(8) for x in range(64)]
     found = plan(requests, [0] * len(requests), [1.0] * len(requests), cache_tokens=10**6)

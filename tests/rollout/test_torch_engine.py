@@ -153,10 +153,12 @@ def test_abort_returns_what_there_is_and_leaves_the_others_alone(model: Model) -
 def test_priorities_go_first(model: Model) -> None:
     requests = requests_on(model, samples=1)
     urgent = [Request(100 + r.id, r.prompt_ids, r.sampling, r.seed, priority=-1) for r in requests[-2:]]
-    engine = TorchEngine(model, max_batch=2)
-    engine.submit(order(requests + urgent))
-    engine.step()
-    assert {run.request.id for run in engine._running} <= {r.id for r in urgent}
+    for submissions in ([order(requests + urgent)], [requests, urgent]):
+        engine = TorchEngine(model, max_batch=2)
+        for submitted in submissions:
+            engine.submit(submitted)
+        engine.step()
+        assert {run.request.id for run in engine._running} <= {r.id for r in urgent}
 
 
 def test_a_prompt_without_room_in_the_context_is_refused_before_any_work(model: Model) -> None:
