@@ -216,6 +216,7 @@ def run_module(module: str, argv: Sequence[str], run_dir: Path) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.argv = [module, *argv]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it took is written down also when it is stopped
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
