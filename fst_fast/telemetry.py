@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 SPENT = ("steps", "rollouts", "tokens")
-RATES = ("tokens_per_second", "mfu", "step_mfu", "watts", "utilisation", "memory")  # of a record's times: no sums
+RATES = (
+    "tokens_per_second",
+    "gpu_tokens_per_second",
+    "mfu",
+    "step_mfu",
+    "watts",
+    "utilisation",
+    "memory",
+)  # of a record's times: no sums
 SUMS = ("seconds", "gpu_hours", "gpu_dollars", "joules")  # the others are seconds of phases
 
 
@@ -390,7 +398,11 @@ def cost_facts(run: Run) -> list[tuple[str, str]]:
     whole = f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
     facts = [("time", f"{whole}: {shares}" if shares else whole)]
     if hours := spent.get("gpu_hours"):
+        asked, answered = run.reflection("prompt_tokens"), run.reflection("completion_tokens")
         cost = f", ${spent['gpu_dollars']:.2f}" if spent["gpu_dollars"] else ""
+        if cost and asked:
+            total = spent["gpu_dollars"] + run.reflection("dollars")
+            cost += f", with reflection ({asked:,.0f} + {answered:,.0f} tokens) ${total:.2f}"
         speed = f", {run.total('tokens') / hours / 3600:,.0f} sampled tokens/s per GPU"
         facts.append(("GPU-hours", f"{hours:.2f}{cost}{speed}"))
     times = [r["time"] for r in run.steps + run.evals + run.evolves if "watts" in r.get("time", {})]

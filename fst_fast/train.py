@@ -374,7 +374,10 @@ class Trainer:
                 reuse, rollouts, report.log_ratios, version=self.state.step - 1, weight_max=self.config.slow.weight_max
             )
         record |= asdict(self.state.totals)
-        record["time"] = self.meter.read() | {"tokens_per_second": sum(len(r.response_ids) for r in fresh) / seconds}
+        speed = sum(len(r.response_ids) for r in fresh) / seconds
+        record["time"] = self.meter.read() | {"tokens_per_second": speed}
+        if self.meter.gpus:
+            record["time"]["gpu_tokens_per_second"] = speed / self.meter.gpus
         record["time"] |= self._mfu(fresh, report, record["time"])
         self.telemetry.write(record, prompt=self.state.best.text)
         if not self.checked_update:  # the first new weights have reached the engine, and no KV of the old is left

@@ -411,7 +411,9 @@ def on_gpu(n: int, **more: float) -> dict[str, Any]:
 
 
 def test_totals_are_sums_of_what_adds_up_and_weighted_means_of_rates(tmp_path: Path) -> None:
-    records = [on_gpu(1, step_mfu=0.1), on_gpu(3, learn=12.0, seconds=30.0, step_mfu=0.2, rollout=15.0), evolution(3)]
+    records = [on_gpu(1, step_mfu=0.1), on_gpu(3, learn=12.0, seconds=30.0, step_mfu=0.2, rollout=15.0)]
+    reflection = {"calls": 8, "prompt_tokens": 3000, "completion_tokens": 400, "dollars": 0.25, "failures": 1}
+    records.append(evolution(3, reflection=reflection))
     run = read_run(write_run(tmp_path, records))
     assert run.spent["seconds"] == 42
     assert run.spent["learn"] == 16
@@ -419,7 +421,8 @@ def test_totals_are_sums_of_what_adds_up_and_weighted_means_of_rates(tmp_path: P
     assert run.utilisation("mfu", "learn") == pytest.approx((0.1 * 4 + 0.3 * 12) / 16)
     print_summary(tmp_path, out := console())
     shown = text_of(out)
-    for wanted in ("time: 42 seconds: rollout 48%, learn 38%, other 14%", "GPU-hours: 1.00, $2.00, 1 sampled tokens/s",
+    for wanted in ("time: 42 seconds: rollout 48%, learn 38%, other 14%",
+                   "GPU-hours: 1.00, $2.00, with reflection (3,000 + 400 tokens) $2.25, 1 sampled tokens/s per GPU",
                    "1.000 kWh; at most 3.0 GiB; a kernel ran 50% of the time",
                    "model FLOPs utilisation: 25.0% of the peak in learning, 17.5% in whole steps"):  # fmt: skip
         assert wanted in shown, wanted
