@@ -2,8 +2,9 @@
 # bash benchmarks/gpu_suite.sh [PART ...] [OUT_DIR]: correctness of every kernel on this GPU, then the benchmarks.
 #
 # Parts: correct, tests (tests/kernels, here on the GPU), tree, kernels (qwen3-8b, qwen3-0.6b, llama-3.1-8b and
-# gemma-2-9b, each a part of its own), engine, step, train, tune; all of them without one. Each stays under FST_LIMIT seconds
-# (570), and writes a log and JSON into OUT_DIR (benchmarks/results/GPU-COMMIT). A part that fails does not stop the others; the exit status says whether one failed.
+# gemma-2-9b, each a part of its own), engine, step, train, cost, rates, tune; all of them without one. Each stays under
+# FST_LIMIT seconds (570), and writes a log and JSON into OUT_DIR (benchmarks/results/GPU-COMMIT). A part that fails does
+# not stop the others; the exit status says whether one failed.
 # Without a GPU, or with FST_SUITE=quick, everything is small: a rehearsal that takes minutes.
 #
 # Needs no install: python3 (or PYTHON) with torch runs the code where it lies. FST_WHEELS names a folder of wheels to
@@ -14,10 +15,10 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 limit="${FST_LIMIT:-570}"
 kernels=(qwen3-8b qwen3-0.6b llama-3.1-8b gemma-2-9b)
-all=(correct tests tree "${kernels[@]}" engine step train tune)
+all=(correct tests tree "${kernels[@]}" engine step train cost rates tune)
 
 usage() {
-  echo "gpu_suite.sh: $1; parts: correct tests tree kernels ${kernels[*]} engine step train tune" >&2
+  echo "gpu_suite.sh: $1; parts: correct tests tree kernels ${kernels[*]} engine step train cost rates tune" >&2
   exit 2
 }
 
@@ -55,7 +56,7 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 quick=$([ "${FST_SUITE:-}" = quick ] && echo 1)
 if [ ${#parts[@]} = 0 ]; then
   parts=("${all[@]}")
-  [ -z "$quick" ] || parts=(correct tests tree qwen3-8b gemma-2-9b engine step train tune)
+  [ -z "$quick" ] || parts=(correct tests tree qwen3-8b gemma-2-9b engine step train cost rates tune)
 fi
 commit="${FST_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}"
 name="$(echo "${gpu:-cpu}" | tr 'A-Z ' 'a-z-' | sed 's/^nvidia-//')-$commit${quick:+-quick}"
@@ -105,6 +106,18 @@ train() {
     cp "$run/metrics.jsonl" "$out/train.jsonl" && rm -rf "$run"
 }
 
+cost() { # a cycle of FST with its phases; in memory: checkpoints of random weights are 25 GB
+  local options=(--shape qwen3-1.7b --steps 2 --only fst --keep-checkpoints 1 --rollout.problems 16 --rollout.max-new-tokens 128)
+  options+=(--reflector.max-new-tokens 128 --fast.every 2 --fast.proposals 4 --fast.first-proposals 4)
+  [ -z "$quick" ] || options=(--steps 2 --only fst --rollout.problems 4 --fast.first-proposals 1)
+  TMPDIR="$([ -n "$gpu" ] && [ -d /dev/shm ] && echo /dev/shm || echo "${TMPDIR:-/tmp}")" \
+    "$python" benchmarks/cost.py "${options[@]}" --json "$out/cost.json"
+}
+
+rates() { # into a copy of the table; fst_fast/rates.json is what `train --plan` reads
+  cp fst_fast/rates.json "$out/rates.json" && "$python" benchmarks/rates.py --table "$out/rates.json"
+}
+
 tune() {
   local options=()
   [ -z "$quick" ] || options=(--shape rehearsal --rounds 1)
@@ -113,7 +126,7 @@ tune() {
 
 run() { # PART: under the time limit, in a shell of its own
   case "$1" in
-    correct | tests | tree | engine | step | train | tune) "$1" ;;
+    correct | tests | tree | engine | step | train | cost | rates | tune) "$1" ;;
     *) kernels "$1" ;;
   esac
 }
