@@ -168,14 +168,14 @@ def comparison(groups: Sequence[Group]) -> list[dict[str, Any]]:
     tables = []
     runs = [run for group in groups for run in group.runs]
     for stage, task in sorted({item for run in runs for item in run.stages.items()}):
-        last = {run.dir: run.last_eval(stage) or {} for run in runs}
+        last = {run.dir: (run.stages.get(stage) == task and run.last_eval(stage)) or {} for run in runs}
         rows = [_row(label, groups, {at: r.get(key) for at, r in last.items()}, short) for key, label in MEASURES]
         same = [
             i > 0 and key.startswith("reward") and rows[i]["cells"] == rows[0]["cells"]
             for i, (key, _) in enumerate(MEASURES)
         ]
         rows = [row for row, repeats in zip(rows, same, strict=True) if row["known"] and not repeats]
-        reached = [(run.dir, r) for run in runs for r in run.levels() if r["stage"] == stage]
+        reached = [(run.dir, r) for run in runs for r in run.levels() if (r["stage"], r["task"]) == (stage, task)]
         for level, key in product(sorted({r["level"] for _, r in reached}), ("steps", "rollouts")):
             spent = {at: r[key] for at, r in reached if r["level"] == level}
             rows.append(_row(f"{key} to reward {level:g}", groups, spent, count))

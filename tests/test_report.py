@@ -341,6 +341,14 @@ def test_several_runs_are_compared_with_every_seed_in_its_cell(tmp_path: Path) -
     assert page.tags.count("svg") == len(PANELS)
 
 
+def test_a_task_s_table_has_no_numbers_of_runs_on_another(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / task, stages=(f"glyph:{task}",), steps=20) for task in "AB"]
+    tables = report.comparison(group_runs([read_run(run) for run in runs]))
+    by_title = {table["title"]: table["rows"] for table in tables}
+    for row in by_title["Stage 1 glyph:A"]:
+        assert row["cells"].count("–") >= 1
+
+
 def test_seeds_of_different_settings_are_never_pooled(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), seed=seed, extra=f"[slow]\nlr = {lr}") for seed, lr in enumerate((1, 1, 2))]
     groups = group_runs([read_run(run) for run in runs])
