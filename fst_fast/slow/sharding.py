@@ -74,5 +74,6 @@ def _kept() -> list[Any]:
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._flash_attention_forward.default,  # of packed rollouts on a GPU (tree_attention.py)
     ]
     return [aten.mm.default, aten.addmm.default, aten.bmm.default, *attention]

@@ -208,11 +208,13 @@ def together(model: Model, packed: Packed) -> torch.Tensor:
 
 def difference(model: Model, min_saving: int = 1) -> float:
     """The largest ‖difference‖ / ‖exact‖ over the loss and every parameter's gradient, packed against separate."""
-    found = [_loss(model, x) for x in (together(model, pack(RAGGED, min_saving=min_saving)), separate(model))]
+    found = [
+        loss_and_gradients(model, x) for x in (together(model, pack(RAGGED, min_saving=min_saving)), separate(model))
+    ]
     return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True) if b.norm() > 0)
 
 
-def _loss(model: Model, hidden: torch.Tensor) -> list[torch.Tensor]:
+def loss_and_gradients(model: Model, hidden: torch.Tensor) -> list[torch.Tensor]:
     """A loss that is not linear, and its gradients."""
     torch.manual_seed(1)
     targets = torch.randint(model.config.vocab_size, (len(hidden),))
