@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fst_fast.buckets import gathered
 from fst_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,15 +84,18 @@ class Model:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and values of all parameters, in the type that is computed with, a tied one once; LoRA added in.
 
-        Of a sharded model one after the other is gathered: all ranks go through them together, and none has room to
-        keep them.
+        Of a sharded model they are gathered a bucket at a time (buckets.py): all ranks go through them together, and
+        none has room to keep them.
         """
-        for name, p in self.lm.named_parameters():
-            if ".lora_" not in name:
-                value, update = whole(p.detach().to(self.device, self.dtype)), self.update_of and self.update_of(name)
-                if update is not None:
-                    value = (value.float() + update.to(self.device)).to(self.dtype)
-                yield name.replace(".base_layer.", "."), value
+        trained = self.lm.named_parameters()
+        named: Iterator[tuple[str, torch.Tensor]] = ((name, p) for name, p in trained if ".lora_" not in name)
+        if self.sharded:
+            named = gathered(named, self.dtype, self.device)
+        for name, p in named:
+            value, update = p.detach(), self.update_of and self.update_of(name)
+            if update is not None:
+                value = (value.float() + update.to(self.device)).to(self.dtype)
+            yield name.replace(".base_layer.", "."), value
 
     def hidden(self, ids: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
         """Final hidden states [B, T, H] (after the last norm) of token ids [B, T]; `cache`: keys and values so far."""
