@@ -60,9 +60,13 @@ class RolloutConfig:
     """1: while a step's last responses are sampled, the next step's requests fill the engine; the tokens they have by
     then are one version old, and the new weights sample the rest. Before a GEPA cycle the pool's first scores fill it,
     behind the step's own requests. For GPUs and long responses. Nothing is asked ahead over a checkpoint, an
-    evaluation or the end of a stage."""
+    evaluation or the end of a stage, and nothing is sampled while weights train: the engine sleeps then."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Fraction of the GPU that vLLM takes for its copy of the weights and its KV cache; training needs the rest."""
+    """Fraction of the GPU that vLLM takes for its copy of the weights and its KV cache, while it samples: it gives them
+    back for every training step."""
+    max_mismatch: Amount = 0.0
+    """Largest mean |Δ log p| between the engine and the trainer, over a step's tokens that the present weights sampled;
+    above it the run stops. 0 = .001 in float32, .1 in bfloat16, which rounding alone does not reach."""
 
 
 @dataclass(frozen=True)

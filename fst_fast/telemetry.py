@@ -196,13 +196,13 @@ _EVAL_NUMBERS = (
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record by name, `kind/key`, those of `time`, `reflection` and `reuse` as `kind/time/key`; the
-    reward on each task of a mixture."""
+    """The numbers of a record by name, `kind/key`, those of `time`, `reflection`, `reuse` and `mismatch` as
+    `kind/time/key`; the reward on each task of a mixture."""
     found: dict[str, float] = {}
     for key, value in record.items():
         if key == "by_task":
             value = {f"reward on {task}": part["reward"] for task, part in value.items()}
-        inner = value if key in ("time", "reflection", "reuse", "by_task") else {"": value}
+        inner = value if key in ("time", "reflection", "reuse", "mismatch", "by_task") else {"": value}
         for name, number in inner.items():
             if isinstance(number, int | float) and key not in ("step", "stage", "cycle"):
                 found["/".join(part for part in (record["kind"], key, name) if part)] = number

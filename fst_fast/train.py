@@ -42,7 +42,7 @@ from fst_fast.rates import peak_flops
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
 from fst_fast.report import write_report
 from fst_fast.rollout import make_engine
-from fst_fast.rollout.check import check_engine
+from fst_fast.rollout.check import MISMATCH, check_engine, check_mismatch, mismatch
 from fst_fast.rollout.collect import Ask, Asked, Collector, version_metrics
 from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import Plan, Reused, RolloutStore, Rule, plan, reuse_metrics
@@ -340,6 +340,8 @@ class Trainer:
                 batch = self.ahead or self._ask(self.state.step)
                 self._ask_ahead()
                 rollouts, reuse = self._batch_rollouts(batch), batch.reuse
+            with self.meter.phase("sync"):
+                self.collector.engine.sleep()
             with self.meter.phase("learn"):
                 report = self._learn_from(rollouts)
         self.state.step += 1
@@ -368,6 +370,7 @@ class Trainer:
                 "prompt_tokens": prompts["asked"],
                 "cached_prompt_tokens": prompts["asked"] - prompts["computed"],
                 **version_metrics(rollouts, self.state.step - 1),
+                "mismatch": mismatch(report.at_start, self.state.step - 1),
             }
         if self._reuses:
             record["reuse"] = reuse_metrics(
@@ -380,6 +383,9 @@ class Trainer:
             record["time"]["gpu_tokens_per_second"] = speed / self.meter.gpus
         record["time"] |= self._mfu(fresh, report, record["time"])
         self.telemetry.write(record, prompt=self.state.best.text)
+        if rollouts:  # what was learned from wrong ones is not saved
+            limit = self.config.rollout.max_mismatch or MISMATCH[self.model.dtype]
+            check_mismatch(record["mismatch"], limit, self.engine.name)
         if not self.checked_update:  # the first new weights have reached the engine, and no KV of the old is left
             check_engine(self.engine, self.model)
             self.checked_update = True

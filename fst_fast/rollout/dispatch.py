@@ -282,15 +282,25 @@ class Scheduler:
         return [self._whole(c) for c in ended]
 
     def load_weights(self, model: Model, version: int) -> None:
+        self._interrupt()
+        for engine in self.engines:
+            engine.load_weights(model, version)
+
+    def sleep(self) -> None:
+        """Until the weight change that comes next; what is under way is interrupted already now."""
+        self._interrupt()
+        for engine in self.engines:
+            engine.sleep()
+
+    def _interrupt(self) -> None:
+        """Take back what the engines have begun; the rest of it waits like any other request."""
         under_way = [i for q in self.dispatcher.queues for i in q.running]
         self.dispatcher.cancel(under_way)
         self._watches = [Watch() for _ in self.engines]
         begun = [self._whole(c) for engine in self.engines for c in engine.abort(under_way)]
-        for engine in self.engines:
-            engine.load_weights(model, version)
         self._begun |= {c.id: c for c in begun}
         if begun:
-            self.dispatcher.submit([_rest(self._given[c.id], c, version) for c in begun])
+            self.dispatcher.submit([_rest(self._given[c.id], c, self.policy_version) for c in begun])
 
     def _advance(self, i: int) -> list[Completion]:
         """One step of engine `i`; what it says is checked here, before anything is made of it."""

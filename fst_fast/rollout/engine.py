@@ -79,6 +79,11 @@ class RolloutEngine(Protocol):
         """Sample from these weights from now on; every cached prefix of older ones is dropped. Needs an idle engine."""
         ...
 
+    def sleep(self) -> None:
+        """Leave the memory to a training step, as far as there is any to give; `load_weights` ends it. Needs an idle
+        engine."""
+        ...
+
     @property
     def busy(self) -> bool:
         """Whether requests wait or run."""

@@ -66,6 +66,9 @@ class TorchEngine:
         head = model.head
         self._head = Head(head.weight.detach().float(), None if head.bias is None else head.bias.detach(), head.softcap)
 
+    def sleep(self) -> None:
+        """Its weights are the trainer's own, or a copy that stays; KV lives as long as its request."""
+
     def submit(self, requests: Sequence[Request]) -> None:
         check_lengths(requests, self.model.context)
         # stable: keeps the trie order

@@ -143,29 +143,29 @@ class VllmEngine:
         return [self._end(i, "aborted") for i in known]
 
     def load_weights(self, model: Model, version: int) -> None:
+        """Asleep or awake. Of a sharded model the weights come bucket by bucket; the KV cache takes its memory after
+        them."""
         self._needs_idle("load_weights")
-        if self._state == "asleep":
-            raise RuntimeError("load_weights on an engine that is asleep: wake it first")
         self._state = "without weights"  # should anything below fail
+        if asleep := self._llm.is_sleeping():
+            torch.cuda.empty_cache()  # what the trainer has freed is the GPU's again
+            self._llm.wake_up(["weights"])
         [missing] = self._llm.apply_model(lambda network: _load(network, model.weights(), self._llm.model_config))
         if missing:
             raise RuntimeError(f"{len(missing)} of vllm's weights are not among the trainer's, e.g. {min(missing)}")
+        if asleep:
+            torch.cuda.empty_cache()  # of the last bucket
+            self._llm.wake_up(["kv_cache"])
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vllm did not empty its prefix cache, which holds KV of older weights")
         self._loads += 1
         self._state, self.policy_version = "ready", version
 
     def sleep(self) -> None:
-        """Give weights and KV cache back to the GPU, for a training step. Needs an idle engine; no-op on the CPU, but
-        here too the weights must be loaded again."""
+        """Give weights and KV cache back to the GPU; on the CPU nothing is given, but weights must come again."""
         self._needs_idle("sleep")
-        self._llm.sleep(level=2)  # 1 would keep a copy of weights that the trainer has already changed
+        self._llm.sleep(level=2)  # 1 would keep a copy of weights that are about to change
         self._state = "asleep"
-
-    def wake(self) -> None:
-        """Take the memory again; `load_weights` comes next."""
-        self._llm.wake_up()
-        self._state = "without weights"
 
     def _needs_idle(self, what: str) -> None:
         if self.busy:

@@ -25,6 +25,8 @@ from fst_fast.slow.policy import (
 )
 from fst_kernels import linear_kl, linear_policy_loss, linear_token_logprobs
 
+FEW = 16  # rollouts: enough to see weights of another step
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -35,6 +37,9 @@ class StepReport:
     metrics: dict[str, float]
     log_ratios: list[tuple[Rollout, torch.Tensor]] = field(default_factory=list)
     """log ρ_t [tokens] of each rollout trained on, by the weights of its minibatch's update. Empty for distillation."""
+    at_start: list[tuple[Rollout, torch.Tensor]] = field(default_factory=list)
+    """The same by the weights that the step began with: of the first minibatch, or of a few rollouts where the training
+    pass tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,18 @@ class Learner:
             by_problem = self.config.average == "problem"
             minibatches.append(samples)
             denominators.append(len(part) if by_problem else sum(len(r.response_ids) for g in part for r in g.rollouts))
-        self._seen: list[tuple[Rollout, torch.Tensor]] = []
+        start = self.policy.updates
+        self._seen: list[tuple[int, Rollout, torch.Tensor]] = []
         metrics = self._train(minibatches, denominators, self._policy_loss)
-        return StepReport(len(groups), sum(map(has_signal, groups)), metrics, self.ranks.join(self._seen))
+        seen = self.ranks.join(self._seen)
+        return StepReport(
+            len(groups),
+            sum(map(has_signal, groups)),
+            metrics,
+            [(r, log) for _, r, log in seen],
+            # nothing trained on: the weights are those from before
+            [(r, log) for at, r, log in seen if at == start] or self._few([r for g in groups for r in g.rollouts]),
+        )
 
     @torch.no_grad()
     def log_ratios(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
@@ -124,11 +138,17 @@ class Learner:
         tokens: dict[str, int] = {}
         for r in rollouts:
             tokens[r.problem.id] = tokens.get(r.problem.id, 0) + len(r.response_ids)
+        at_start = self._few(rollouts)
         pairs = rng.sample(list(zip(rollouts, contexts, strict=True)), len(rollouts))
         parts = [pairs[i :: self.config.minibatches] for i in range(self.config.minibatches)]
         minibatches = [[Sample(r, 0.0, 1.0 / tokens[r.problem.id], context) for r, context in part] for part in parts]
         metrics = self._train(minibatches, [len(tokens) / len(parts)] * len(parts), self._distill_loss)
-        return StepReport(len(tokens), len(tokens), metrics)
+        return StepReport(len(tokens), len(tokens), metrics, at_start=at_start)
+
+    def _few(self, rollouts: Sequence[Rollout]) -> list[tuple[Rollout, torch.Tensor]]:
+        """log ρ_t of some of them, for the price of one forward pass over these."""
+        some = list(rollouts)[:: -(-len(rollouts) // FEW) or 1]
+        return list(zip(some, self.log_ratios(some), strict=True))
 
     def _samples(self, group: Group) -> list[Sample]:
         scores = advantages(group, baseline=self.config.baseline)
@@ -212,7 +232,7 @@ class Learner:
         }
         assert out.logprobs is not None
         if micro[0].weight:  # not an idle rank's
-            self._seen += by_rollout(rollouts, out.logprobs)
+            self._seen += [(self.policy.updates, r, log) for r, log in by_rollout(rollouts, out.logprobs)]
         return out.loss, {ours: float(out.metrics[theirs]) for ours, theirs in names.items() if theirs in out.metrics}
 
     def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:

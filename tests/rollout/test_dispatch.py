@@ -88,7 +88,10 @@ def test_a_prompt_without_room_is_refused_and_leaves_nothing_behind(model: Model
     assert set(run(scheduler)) == {0}
 
 
-def test_interrupted_by_new_weights_each_token_has_the_logprob_of_the_weights_that_sampled_it(model: Model) -> None:
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_interrupted_by_new_weights_each_token_has_the_logprob_of_the_weights_that_sampled_it(
+    sleeps: bool, model: Model
+) -> None:
     requests = requests_on(model, new_tokens=12)
     scheduler = Scheduler([TorchEngine(model), TorchEngine(model)], cache_tokens=200, lookahead=1)
     ahead = [Request(r.id, r.prompt_ids, r.sampling, r.seed, 1, 1) for r in requests]
@@ -96,6 +99,10 @@ def test_interrupted_by_new_weights_each_token_has_the_logprob_of_the_weights_th
     done = {c.id: c for _ in range(4) for c in scheduler.step()}
     before = {r.id: exact_logprobs(model, r, (5,) * 20) for r in requests[:1]}
     old_model = [p.detach().clone() for p in model.lm.parameters()]
+    if sleeps:  # nothing is under way while weights change, and nothing is forgotten
+        scheduler.sleep()
+        assert not any(engine.busy for engine in scheduler.engines)
+        assert scheduler.busy
     with torch.no_grad():
         for p in model.lm.parameters():
             p.mul_(1.05)
