@@ -88,9 +88,8 @@ def parts(shape: Shape, at: Layout) -> list[Part]:
         out.append(Part("FSDP: two layers and the head gathered, a layer's gradients", 3 * layer + heads, "learning"))
     kv = size * shape.kv_elements * at.sequences * at.tokens
     if at.vllm:
-        out.append(
-            Part(f"vLLM: weights and KV cache ({at.gpu_fraction:.0%})", at.gpu_fraction * at.gpu_bytes, "always")
-        )
+        share = at.gpu_fraction * at.gpu_bytes  # given back for every training step
+        out.append(Part(f"vLLM: weights and KV cache ({at.gpu_fraction:.0%})", share, "sampling"))
     else:
         if sharded:
             out.append(Part("engine's copy of the weights", size * n, "always"))

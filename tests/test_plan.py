@@ -109,6 +109,12 @@ def test_trainer_state_is_sixteen_bytes_a_parameter_over_the_ranks_and_less_when
         assert sum(p.bytes for p in state) == pytest.approx(expected * shape.parameters)
 
 
+def test_vllms_memory_and_that_of_learning_are_not_needed_at_once() -> None:
+    config, options = preset("qwen3-8b-math", "fst"), PlanOptions(gpu="h100", gpus=8, model="qwen3-8b")
+    of = parts(read_shape("qwen3-8b", field="plan.model"), layout_of(config, options, target_of(config, options)))
+    assert [p.when for p in of if p.name.startswith("vLLM")] == ["sampling"]
+
+
 def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     argv = BIG[:-2]
     for _ in range(3):  # what it names is what it then accepts
