@@ -156,11 +156,14 @@ def routing(setting: Setting, runs: Runs) -> Result:
             ]
         )
     failed = minus(areas["plain, failed first"], areas["plain"])
+    same = not any(failed)  # the rule never spoke: no group failed wholly before a cycle
     per_slice = {label: lasts(of, "reward_per_slice") for label, of in runs.items()}
     trained = minus(per_slice["sliced, routed"], per_slice["sliced, spread"])
     gained = [d.router - d.single for d in deployed["sliced, spread"]]
     findings = [
-        FAILED.judged(failed, f"mean reward over the run, failed first − not: {each(failed, '+.3f')}"),
+        FAILED.found("the same run with and without it: no group failed wholly before a cycle", "unclear")
+        if same
+        else FAILED.judged(failed, f"mean reward over the run, failed first − not: {each(failed, '+.3f')}"),
         TRAINED.judged(trained, f"best prompt per slice, routed − spread: {each(trained, '+.2f')}"),
         ROUTED.judged(gained, f"router − best single prompt, K = 2 spread: {each(gained, '+.2f')}"),
     ]
