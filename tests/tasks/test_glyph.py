@@ -167,7 +167,7 @@ def test_a_malformed_glyph_task_is_refused(spec: str) -> None:
         make_task(spec, seed=0)
 
 
-@pytest.mark.parametrize("spec", ["", "glyf:A", "hover", "Glyph:A"])
+@pytest.mark.parametrize("spec", ["", "glyf:A", "hoover", "Glyph:A"])
 def test_an_unknown_task_is_refused_with_the_list_of_tasks(spec: str) -> None:
     with pytest.raises(UserError, match=r"glyph:A .*star_graph:4x3.*jsonl:PATH"):
         make_task(spec, seed=0)
