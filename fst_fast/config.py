@@ -58,9 +58,9 @@ class RolloutConfig:
     """Sequences the engine decodes together."""
     lookahead: Annotated[int, Field(ge=0, le=1)] = 0
     """1: while a step's last responses are sampled, the next step's requests fill the engine; the tokens they have by
-    then are one version old, and the new weights sample the rest. Before a GEPA cycle the pool's first scores fill it,
-    behind the step's own requests. For GPUs and long responses. Nothing is asked ahead over a checkpoint, an
-    evaluation or the end of a stage, and nothing is sampled while weights train: the engine sleeps then."""
+    then are one version old, and the new weights sample the rest. For GPUs and long responses. Nothing is asked ahead
+    over a GEPA cycle, a checkpoint, an evaluation or the end of a stage, and nothing is sampled while weights train:
+    the engine sleeps then."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Fraction of the GPU that vLLM takes for its copy of the weights and its KV cache, while it samples: it gives them
     back for every training step."""
@@ -87,6 +87,10 @@ class FastConfig:
     """Problems of the next T batches on which prompts are scored, or all of them if fewer."""
     race: bool = True
     """Score prompts on a quarter, on half, on all of these problems; those that fall behind drop out on the way."""
+    filler: bool = False
+    """Mode fst: a GEPA cycle runs beside the T steps before it, one call a step, in the room that the steps' responses
+    leave, and its prompts are found with weights up to T steps old. Only the first cycle of a stage is waited for. For
+    GPUs and long responses, where each of a cycle's calls takes as long as its longest response."""
     reuse: bool = True
     """Mode fst: rollouts that scored the population fill part of the same problems' groups."""
     reuse_cap: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -347,6 +351,8 @@ def check(config: Config) -> None:
         raise UserError(
             "rollout.lookahead = 1: distillation corrects nothing for rollouts by older weights; use 0 with fst-distill"
         )
+    if config.fast.filler and config.mode == "fst" and config.fast.every == 1:
+        raise UserError("fast.filler = True: a cycle beside the steps before it needs fast.every of 2 or more")
     stages(config.stream)
 
 

@@ -33,6 +33,7 @@ class State:
 
     step: int = 0  # steps finished
     cycle: int = 0  # GEPA cycles finished
+    evolved: int = -1  # step before which the last of them was
     entered: int = -1  # stage whose prompts are in the pool
     ended_stages: int = 0  # stages whose last evaluation is written
     complete: bool = False
@@ -62,7 +63,7 @@ class State:
     def from_dict(cls, data: Mapping[str, Any]) -> State:
         blind = [Prompt(text) for text in data["blind_prompts"]]
         return cls(
-            **{name: data[name] for name in ("step", "cycle", "entered", "ended_stages", "complete")},
+            **{name: data[name] for name in ("step", "cycle", "evolved", "entered", "ended_stages", "complete")},
             pool=[Member.from_dict(m) for m in data["pool"]],
             population=[Prompt(text) for text in data["population"]],
             failed=data["failed"],

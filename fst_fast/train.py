@@ -28,7 +28,7 @@ from fst_fast.context import check_room, longest_problem, room
 from fst_fast.data import make_order
 from fst_fast.errors import UserError
 from fst_fast.evaluate import evaluate, mean
-from fst_fast.fast.evolve import evolve, opening
+from fst_fast.fast.cycle import Cycle
 from fst_fast.fast.lineage import lineage, summary
 from fst_fast.fast.population import Member, distinct
 from fst_fast.fast.reflectors import make_reflector
@@ -108,11 +108,16 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks |
             for stage in trainer.stages:
                 trainer.enter(stage)
                 while trainer.state.step < stage.end:
+                    trainer.settle()
                     if trainer.due(config.checkpoint_every):
                         trainer.save()
                     if trainer.due(config.eval.every):
                         trainer.evaluate()
-                    if trainer.evolves and trainer.due(config.fast.every):
+                    if (
+                        trainer.evolves
+                        and trainer.due(config.fast.every)
+                        and trainer.state.evolved < trainer.state.step
+                    ):
                         trainer.evolve()
                     trainer.learn()
                 if stage.index >= trainer.state.ended_stages:
@@ -130,6 +135,17 @@ class Batch:
     asks: list[Ask]
     reuse: Plan
     sampled: Asked  # those that `reuse` does not answer
+
+
+@dataclass
+class Evolving:
+    """A GEPA cycle under way, and the call it waits for."""
+
+    step: int  # that it comes before
+    cycle: Cycle
+    begin: int  # byte and
+    first: int  # number in the store of its first rollout
+    asked: Asked | None = None
 
 
 class Trainer:
@@ -174,7 +190,7 @@ class Trainer:
         self.state = State(best=Prompt(self.tasks[0].seed_prompt))
         self.saved = -1  # step of the newest checkpoint
         self.ahead: Batch | None = None  # the next step's
-        self.heat: Asked | None = None  # the first rollouts of the GEPA cycle that comes next
+        self.evolving: Evolving | None = None
 
     # ------------------------------------------------------------------------------------------ opening and saving
 
@@ -209,6 +225,7 @@ class Trainer:
         parts = ExitStack()
         parts.enter_context(self.telemetry)
         parts.callback(self.meter.close)
+        parts.callback(self._stop_evolving)
         return parts
 
     def restore(self) -> dict[str, int]:
@@ -280,45 +297,30 @@ class Trainer:
         return self.config.mode in ("fst", "gepa", "fst-distill")
 
     def evolve(self, *, proposals: int | None = None) -> None:
-        """One GEPA cycle with the weights as they are, on the problems of the next T batches."""
-        config = self.config.fast
+        """One GEPA cycle with the weights as they are, on the problems of the next T batches; nothing after one that
+        ran beside the last steps."""
+        if self.state.evolved == self.state.step and proposals is None:
+            return
         if proposals is None:
             proposals = proposals_of(self.config, first=self.state.step == self.stage.start)
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
             self.engine.load_weights(self.base, BASE_VERSION)
-        ahead = self._lookahead(self.state.step)
-        self.store.forget()
-        if self._reuses:
-            self.state.reused = Reused(self.store.offset)
-        failed, self.state.failed = set(self.state.failed), []
-        calls = self.generated = 0  # within this cycle: names of random streams
-
-        def rollouts_of(pairs: Sequence[tuple[Prompt, Problem]], scoring: bool) -> list[Rollout]:
-            nonlocal calls
-            calls += 1
-            with self.meter.phase("scoring" if scoring else "minibatch"):
-                asked, self.heat = self.heat or self._ask_gepa(pairs, scoring, calls), None
-                return self.collector.finish(asked)
-
-        reflector = self.reflectors[self.stage.index]
-        assert reflector is not None
-        with self.meter.phase("reflect"):  # and what GEPA does by itself
-            evolution = evolve(
-                self.state.pool,
-                ahead[: config.scoring_problems],
-                ahead,
-                rollouts_of,
-                reflector,
-                config,
-                proposals=proposals,
-                seed=self.config.seed,
-                cycle=self.state.cycle,
-                first=[p for p in self.task.train if p.id in failed],
-                blind=self._reuses,
-                fits=self._fits,
-            )
+        self._begin_cycle(self.state.step, proposals)
+        self.settle()
         if self.config.mode == "fst-distill":
             self.engine.load_weights(self.model, self.state.step)
+
+    def settle(self) -> None:
+        """End the cycle that comes before the next step, if one is under way, and take over what it found."""
+        ending = self.evolving
+        if ending is None or ending.step > self.state.step:
+            return
+        while ending.asked:
+            self._advance(ending)
+        self.evolving, evolution = None, ending.cycle.evolution
+        self.store.forget(before=ending.first)
+        if self._reuses:
+            self.state.reused = Reused(ending.begin, used=[i for i in self.state.reused.used if i >= ending.first])
         self.state.pool, self.state.population = list(evolution.pool), list(evolution.population)
         self.state.best, self.state.blind = evolution.best, dict(evolution.blind)
         self.state.reflection += evolution.reflection
@@ -329,6 +331,7 @@ class Trainer:
         record = {"kind": "evolve", **where, **summary(evolution), "time": self.meter.read()}
         self.telemetry.write(record, prompt=self.state.best.text)
         self.state.cycle += 1
+        self.state.evolved = self.state.step
 
     def learn(self) -> None:
         """One step: rollouts of the next batch, spread over the prompts, and one slow step on their groups."""
@@ -336,6 +339,7 @@ class Trainer:
         report, rollouts, lr = StepReport(0, 0, {}), [], self.policy.lr
         reuse, before = Plan(self.state.reused.cap), replace(self.engine.stats)
         if self.config.mode != "gepa":
+            self._fill()
             with self.meter.phase("rollout"):
                 batch = self.ahead or self._ask(self.state.step)
                 self._ask_ahead()
@@ -454,34 +458,92 @@ class Trainer:
         return self.config.fast.reuse and self.config.mode == "fst"
 
     def _ask_ahead(self) -> None:
-        """Ask for what follows this step, as far as it is certain: the next step's rollouts, or the first of the GEPA
-        cycle before it. Not over an evaluation, which wants the engine, nor over a checkpoint, from which a resumed
-        run must sample the same."""
+        """Ask for the next step's rollouts, where they are certain: not over a GEPA cycle, nor over an evaluation,
+        which wants the engine, nor over a checkpoint, from which a resumed run must sample the same."""
         self.ahead, after = None, self.state.step + 1
         if not self.config.rollout.lookahead or after == self.stage.end:
             return
-        if any(self.due(every, after=1) for every in (self.config.checkpoint_every, self.config.eval.every)):
-            return
-        if not (self.evolves and self.due(self.config.fast.every, after=1)):
+        pauses = [self.config.checkpoint_every, self.config.eval.every]
+        if self.evolves:
+            pauses.append(self.config.fast.every)
+        if not any(self.due(every, after=1) for every in pauses):
             self.ahead = self._ask(after)
+
+    def _fill(self) -> None:
+        """With `fast.filler`: begin the next cycle beside this step, or take it one call further when all ranks have
+        the rollouts it waits for. Checkpoints know nothing of a cycle under way: it begins after the last one."""
+        every, here = self.config.fast.every, self.state.step - self.stage.start
+        if not (self.config.fast.filler and self.config.mode == "fst"):
             return
-        scoring = self._lookahead(after)[: self.config.fast.scoring_problems]
-        pairs = opening(self.state.pool, scoring, self.config.fast)
-        self.heat = self._ask_gepa(pairs, True, call=1, ahead=1)
+        if self.evolving is None:
+            left = every - here % every
+            saves = any(self.due(self.config.checkpoint_every, after=n) for n in range(1, left))
+            if self.state.step + left < self.stage.end and not saves:
+                self._begin_cycle(self.state.step + left, self.config.fast.proposals)
+        elif self.evolving.asked and all(self.ranks.join([self.collector.ready(self.evolving.asked)])):
+            self._advance(self.evolving)
+
+    def _begin_cycle(self, step: int, proposals: int) -> None:
+        """A GEPA cycle before `step`, on the problems of the T batches from there on, with its first call asked."""
+        ahead, failed = self._lookahead(step), set(self.state.failed)
+        reflector, self.state.failed, self.generated = self.reflectors[self.stage.index], [], 0
+        assert reflector is not None
+        begin, first = self.store.offset, self.store.count
+        with self.meter.phase("reflect"):  # and what GEPA does by itself
+            cycle = Cycle(
+                self.state.pool,
+                scoring=ahead[: self.config.fast.scoring_problems],
+                training=ahead,
+                reflector=reflector,
+                config=self.config.fast,
+                proposals=proposals,
+                seed=self.config.seed,
+                cycle=self.state.cycle,
+                first=[p for p in self.task.train if p.id in failed],
+                blind=self._reuses,
+                fits=self._fits,
+            )
+            self.evolving = Evolving(step, cycle, begin, first)
+            self._ask_gepa(self.evolving)
+
+    def _stop_evolving(self) -> None:
+        """After an error: leave no thread that waits."""
+        if self.evolving:
+            self.evolving.cycle.close()
+
+    def _advance(self, evolving: Evolving) -> None:
+        """Give a cycle the rollouts it waits for, and ask for the next."""
+        assert evolving.asked
+        with self.meter.phase("reflect"):
+            with self.meter.phase("scoring" if evolving.asked.scoring else "minibatch"):
+                rollouts = self.collector.finish(evolving.asked)
+            evolving.cycle.give(rollouts)
+            self._ask_gepa(evolving)
 
     def _lookahead(self, step: int) -> list[Problem]:
         """The problems of the T batches from `step` on."""
         return self.order.lookahead(step - self.stage.start, self.config.fast.every)
 
-    def _ask_gepa(self, pairs: Sequence[tuple[Prompt, Problem]], scoring: bool, call: int, *, ahead: int = 0) -> Asked:
-        """Queue call number `call` of this cycle, or of the one after `ahead` steps."""
+    def _ask_gepa(self, evolving: Evolving) -> None:
+        """Queue what a cycle wants, for the present weights and those that follow until it ends."""
+        wanted, evolving.asked = evolving.cycle.wanted, None
+        if wanted is None:
+            return
         samples: Counter[tuple[Prompt, str]] = Counter()
         asks = []
-        for prompt, problem in pairs:
+        for prompt, problem in wanted.pairs:
             asks.append(Ask(prompt, problem, samples[prompt, problem.id]))
             samples[prompt, problem.id] += 1
-        step, key = self.state.step + ahead, (self.state.cycle, call)
-        return self.collector.submit(self.task, asks, purpose="gepa", step=step, key=key, scoring=scoring, ahead=ahead)
+        with self.meter.phase("scoring" if wanted.scoring else "minibatch"):
+            evolving.asked = self.collector.submit(
+                self.task,
+                asks,
+                purpose="gepa",
+                step=self.state.step,
+                key=(self.state.cycle, evolving.cycle.calls),
+                scoring=wanted.scoring,
+                age=evolving.step - self.state.step,
+            )
 
     def _ask(self, step: int) -> Batch:
         """Plan the rollouts of `step`, this one or the next, and queue what the store does not answer.

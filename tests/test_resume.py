@@ -61,7 +61,7 @@ KILLS = {
         Kill("fst_fast.checkpoint:write_atomic"),  # the first checkpoint is there but for its manifest
         Kill("fst_fast.evaluate:mean_kl"),
         Kill("fst_fast.rollout.collect:Collector._drain", call=5),  # within the first GEPA cycle
-        Kill("fst_fast.train:evolve", when="after"),
+        Kill("fst_fast.fast.cycle:evolve", when="after"),
         Kill("fst_fast.files:Appender.write", call=4, when="half"),
         Kill("fst_fast.rollout.torch_engine:TorchEngine.step", call=130),
         Kill("fst_fast.slow.policy:Policy.update", call=2, when="after"),
@@ -84,16 +84,16 @@ KILLS = {
     ],
     "gepa": [
         Kill("fst_fast.train:lineage"),
-        Kill("fst_fast.train:evolve", call=2, when="after"),
+        Kill("fst_fast.fast.cycle:evolve", call=2, when="after"),
         Kill("fst_fast.train:Trainer.learn", call=2, when="after"),
     ],
     "rl-then-gepa": [
         Kill("fst_fast.train:Trainer.learn", call=4, when="after"),
-        Kill("fst_fast.train:evolve", when="after"),  # after the last step
+        Kill("fst_fast.fast.cycle:evolve", when="after"),  # after the last step
     ],
     "fst-distill": [
         Kill("fst_fast.slow.learner:Learner.distill", call=2, when="after"),  # no cycle is due where it resumes
-        Kill("fst_fast.train:evolve", when="after"),
+        Kill("fst_fast.fast.cycle:evolve", when="after"),
     ],
     "policy reflector": [
         Kill("fst_fast.rollout.collect:Collector.complete", when="after"),

@@ -23,7 +23,7 @@ from gepa.strategies.proposal_sampling import ProposalTask
 
 from fst_fast.config import FastConfig
 from fst_fast.fast.population import Member, breeding_weights, distinct, normalised
-from fst_fast.fast.race import Race, heats
+from fst_fast.fast.race import Race
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage, Reflector
 from fst_fast.fast.text import cut_middle, printable
 from fst_fast.records import Problem, Prompt, Rollout
@@ -147,13 +147,6 @@ def evolve(
         skipped=run.skipped,
         reflection=reflector.usage,
     )
-
-
-def opening(pool: Sequence[Member], scoring: Sequence[Problem], config: FastConfig) -> list[tuple[Prompt, Problem]]:
-    """What `evolve` will ask for first whatever happens until then: the pool's first heat."""
-    problems = _distinct_problems(scoring)
-    end = heats(len(problems), pauses=config.race)[0]
-    return [(m.prompt, problem) for m in distinct(pool) for problem in problems[:end]]
 
 
 def _distinct_problems(scoring: Sequence[Problem]) -> list[Problem]:

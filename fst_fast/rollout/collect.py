@@ -98,9 +98,11 @@ class Collector:
         key: tuple[str | int, ...],
         scoring: bool = False,
         ahead: int = 0,
+        age: int = 0,
     ) -> Asked:
         """Queue a request per ask. `ahead`: they are for weights so many versions after the engine's, by which they
-        may begin; what is not finished when those are loaded is finished by them."""
+        may begin; what is not finished when those are loaded is finished by them. `age`: so many weight changes they
+        may live through besides."""
         version = self.engine.policy_version
         encoded: dict[tuple[str, str], tuple[int, ...]] = {}  # a chat template is applied once per (prompt, problem)
         requests, asks = [], self.ranks.share(asks)
@@ -115,14 +117,18 @@ class Collector:
             )
         if requests:
             self.engine.submit(requests)
-        return Asked(task, asks, requests, purpose, step, scoring, range(version, version + ahead + 1))
+        return Asked(task, asks, requests, purpose, step, scoring, range(version, version + ahead + age + 1))
+
+    def ready(self, asked: Asked) -> bool:
+        """Whether `finish` has nothing to wait for on this rank."""
+        return all(r.id in self._done for r in asked.requests)
 
     def finish(self, asked: Asked) -> list[Rollout]:
         """One rollout per ask, in their order, when all of them are done."""
         done = self._drain(asked.requests)
         if strangers := {v for c in done for v, _ in c.versions} - set(asked.versions):
             first, last = asked.versions[0], asked.versions[-1]
-            wanted = f"weights {first}" if first == last else f"weights {first} or {last}"
+            wanted = f"weights {first}" if first == last else f"weights {first} to {last}"
             raise EngineError(f"rollouts for {wanted} were sampled by weights {min(strangers)}")
         with self._phase("verify"):
             responses = [self.model.decode(c.response_ids) for c in done]

@@ -56,9 +56,9 @@ class RolloutStore:
             self.count += 1
         self._file.write("".join(line + "\n" for line in lines))
 
-    def forget(self) -> None:
-        """A new cycle begins: what was scored in the last one is too old."""
-        self.scored.clear()
+    def forget(self, *, before: int) -> None:
+        """What was scored in the last cycle is too old; `before`: number of the first rollout of the new one."""
+        self.scored = {i: r for i, r in self.scored.items() if i >= before}
 
     def read_back(self, problems: Mapping[str, Problem], *, start: int) -> dict[int, Rollout]:
         """Fill `scored`, which is returned, from the file, from byte `start` on. UserError for a line that is not what
