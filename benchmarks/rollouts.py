@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from simulator import POLICIES, BlockCache, Job, Workload, dealt, lower_bound, make_step, optimum, simulate
+from simulator import POLICIES, BlockCache, Cycles, Job, Workload, dealt, lower_bound, make_step, optimum, simulate
 
 from fst_fast.prefix_tree import Ragged, trie
 from fst_fast.rollout.schedule import place, plan
@@ -84,10 +84,36 @@ def simulated(workload: Workload, seed: int) -> dict[str, Any]:
     return {
         "workload": asdict(w),
         "policies": rows,
+        "cycles": cycles(w, seed) if w.gepa else {},
         "lower_bound": bound,
         "layouts": layouts(w, seed),
         "hit_rates": hit_rates(w, seed),
     }
+
+
+CYCLES = 4  # the first of them is always waited for, and left out
+
+
+def cycles(workload: Workload, seed: int) -> dict[str, Any]:
+    """Seconds of a GEPA cycle and its T steps, rollouts and edits alone: raced or scored at once, the steps waiting for
+    the cycle or the cycle filling the steps before it."""
+    assert workload.gepa
+    w = replace(workload, steps=(CYCLES + 1) * workload.gepa.every)
+    print(f"\n{'a GEPA cycle and its steps':40}{'s':>8}{'x first':>9}{'busy':>6}{'tokens':>12}{'calls':>7}")
+    out: dict[str, Any] = {}
+    for race in (True, False):
+        for filler in (False, True):
+            sim = Cycles(w, seed, race=race, filler=filler)
+            r = sim.run()
+            name = f"{'raced' if race else 'scored at once'}, {'as filler' if filler else 'waited for'}"
+            mean = statistics.fmean(r.seconds)
+            out[name] = {"seconds": r.seconds, "decoded": r.decoded, "calls": sim.calls}
+            first = statistics.fmean(next(iter(out.values()))["seconds"])
+            print(
+                f"{name:40}{mean:8.1f}{first / mean:9.2f}{r.busy / sim.now / w.engines:6.2f}{r.decoded:12}"
+                f"{len(sim.calls):7}"
+            )
+    return out
 
 
 def layouts(workload: Workload, seed: int) -> dict[str, int]:

@@ -11,15 +11,18 @@ import math
 import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from fst_fast.fast.race import heats
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.dispatch import Dispatcher
 from fst_fast.rollout.engine import Request
+from fst_fast.rollout.schedule import FILLER
 
 Order = Literal["random", "problem-major", "prompt-major", "planned"]
 
@@ -45,6 +48,33 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Gepa:
+    """The calls of a GEPA cycle before every `every` steps: the pool is scored on `scoring` problems, in a race or at
+    once, then `proposals` parents and their children on minibatches, then the `accepted` children are scored."""
+
+    every: int
+    pool: int
+    keep: int  # prompts that a race never drops below
+    scoring: int
+    proposals: int
+    minibatch: int
+    accepted: int
+    reflect: float  # seconds of all edits together
+
+    def calls(self, *, race: bool) -> list[tuple[int, int]]:
+        """(problems, prompts) of each; nothing but edits comes between the two of minibatches."""
+        minibatch = (self.minibatch, self.proposals)
+        return [*self._heats(self.pool, race), minibatch, minibatch, *self._heats(self.accepted, race)]
+
+    def _heats(self, prompts: int, race: bool) -> list[tuple[int, int]]:
+        calls, start = [], 0
+        for end in heats(self.scoring, pauses=race):
+            calls.append((end - start, prompts))
+            prompts, start = max(min(prompts, self.keep), -(-prompts // 2)), end
+        return calls
+
+
+@dataclass(frozen=True)
 class Workload:
     """One training step's rollouts, `steps` times. K prompts × P problems, G rollouts a problem over all prompts."""
 
@@ -62,13 +92,15 @@ class Workload:
     known: int = 4  # earlier responses per problem that the predictor has seen
     block_size: int = 16
     max_running: int = 256
+    gepa: Gepa | None = None
     layout: Literal["prompt-first", "problem-first"] = "prompt-first"
     note: str | list[str] = ""
 
     @staticmethod
     def load(path: Path) -> Workload:
         data = json.loads(path.read_text())
-        return Workload(**data | {"lengths": Lengths(**data["lengths"]), "hardware": Hardware(**data["hardware"])})
+        parts = {"lengths": Lengths, "hardware": Hardware, "gepa": Gepa}
+        return Workload(**data | {name: of(**data[name]) for name, of in parts.items() if data.get(name)})
 
 
 @dataclass(frozen=True)
@@ -404,20 +436,98 @@ class Simulation:
         if self.policy.order != "planned":
             self._deal(dealt(sequences, problems, self.policy.order, random.Random(f"{self.seed} {step}")))
             return
-        for problem, lengths in known_lengths(self.workload, step, self.seed).items():
+        self._plan(sequences, problems, known_lengths(self.workload, step, self.seed), priority=step)
+
+    def _plan(
+        self, jobs: list[Job], names: dict[int, tuple[int, str]], known: dict[str, list[int]], priority: int
+    ) -> None:
+        for problem, lengths in known.items():
             for n in lengths:
                 self.dispatcher.lengths.observe(problem, n)
-        self.sequences |= {s.id: s for s in sequences}
+        self.sequences |= {s.id: s for s in jobs}
         limit = SamplingParams(1.0, self.workload.lengths.limit)
-        self.dispatcher.submit(
-            [Request(s.id, s.prompt, limit, 0, priority=step, problem=problems[s.id][1]) for s in sequences]
-        )
+        self.dispatcher.submit([Request(s.id, s.prompt, limit, 0, priority, problem=names[s.id][1]) for s in jobs])
 
     def _deal(self, ordered: list[Job]) -> None:
         """Equal parts of the order to every engine, as a data-parallel batch is split."""
         share = -(-len(ordered) // len(self.engines))
         for i, engine in enumerate(self.engines):
             engine.waiting.extend(ordered[i * share : (i + 1) * share])
+
+
+class Cycles(Simulation):
+    """FST's rollouts: a GEPA cycle before every T steps, which the steps wait for; or (`filler`) it runs beside the T
+    steps before it, one call a step, behind their requests, and is ended before its own. Steps are streamed, but not
+    over the end of a cycle that is waited for."""
+
+    def __init__(self, workload: Workload, seed: int, *, race: bool, filler: bool):
+        super().__init__(workload, Policy("", "planned", admission=True, streaming=True), seed)
+        assert workload.gepa, "this workload has no gepa"
+        self.gepa, self.filler = workload.gepa, filler
+        self.calls = workload.gepa.calls(race=race)
+        self.edits = self.calls.index((self.gepa.minibatch, self.gepa.proposals))  # call after which edits are made
+        self.cycle, self.call = 0, -1
+        self.now, self.ids = 0.0, 1 << 40  # beyond those of the steps
+
+    def run(self) -> Result:
+        """`seconds` are those of cycles, the first and what it waits for left out."""
+        every, ended = self.gepa.every, []
+        for step in range(self.workload.steps):
+            if step % every == 0:
+                self._finish_cycle()
+                ended.append(self.now)
+                self.cycle, self.call = step // every + 1, -1
+            if self.filler:
+                self._next_call()
+            last = self.workload.steps if self.filler else (step // every + 1) * every
+            while self.submitted < min(step + 2, last):
+                self._submit(self.submitted)
+                self.submitted += 1
+            self._until(step)
+            for engine in self.engines:
+                engine.new_weights()
+        self.result.seconds = [b - a for a, b in pairwise(ended)]
+        return self.result
+
+    def _finish_cycle(self) -> None:
+        while self.call < len(self.calls):
+            self._next_call()
+            if self.call < len(self.calls):
+                self._until(self._tag())
+
+    def _tag(self) -> int:
+        return -1 - self.cycle * len(self.calls) - self.call
+
+    def _next_call(self) -> None:
+        """Ask what comes after the call that is done, if it is."""
+        if self.call >= 0 and self.unfinished[self._tag()]:
+            return
+        if self.call == self.edits:
+            self._wait(self.now + self.gepa.reflect)
+        self.call = min(self.call + 1, len(self.calls))
+        if self.call == len(self.calls):
+            return
+        problems, prompts = self.calls[self.call]
+        shape = replace(self.workload, problems=problems, group=prompts, prompts=prompts)
+        number = 100_000 - self._tag()  # no step's
+        jobs, names = make_step(shape, number, self.seed)
+        renamed = {s.id: self.ids + i for i, s in enumerate(jobs)}
+        self.ids += len(jobs)
+        jobs = [replace(s, id=renamed[s.id], step=self._tag()) for s in jobs]
+        self.unfinished[self._tag()] = len(jobs)
+        known = known_lengths(shape, number, self.seed)
+        self._plan(jobs, {renamed[i]: name for i, name in names.items()}, known, priority=FILLER)
+
+    def _until(self, tag: int) -> None:
+        self._feed(range(len(self.engines)))
+        while self.unfinished[tag]:
+            self.now = max(self.now, self._event(tag))
+        self._wait(self.now)
+
+    def _wait(self, until: float) -> None:
+        self.now = until
+        for i, engine in enumerate(self.engines):
+            self._count(i, engine.advance_to(until))
 
 
 def make_step(workload: Workload, step: int, seed: int) -> tuple[list[Job], dict[int, tuple[int, str]]]:
