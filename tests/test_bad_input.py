@@ -114,6 +114,7 @@ def test_a_flag_that_does_not_exist_or_cannot_be_read(argv: list[str], words: li
         ({"rollout.problems": 5000}, ["rollout.problems = 5000", "4096"]),
         ({"rollout.group-size": 1}, ["rollout.group_size = 1"]),
         ({"rollout.engine": "vllm", "rollout.gpu-memory": 1.5}, ["rollout.gpu_memory = 1.5", "less than 1"]),
+        ({"fast.filler": True, "fast.every": 1}, ["fast.filler = True", "fast.every of 2 or more"]),
         ({"rollout.lookahead": 2}, ["rollout.lookahead = 2", "less than or equal to 1"]),
         ({"mode": "fst-distill", "rollout.lookahead": 1}, ["rollout.lookahead = 1", "use 0 with fst-distill"]),
         ({"rollout.group-size": 6}, ["rollout.group_size = 6", "fast.population = 4", "1 or 2 or 3 or 6"]),

@@ -115,6 +115,21 @@ def test_several_ranks_sample_evolve_and_learn_as_one_does(ranks: int, on: Calla
     assert_same_run(on(ranks), on(1))
 
 
+def test_cycles_fill_the_steps_before_them_on_several_ranks_too(warm: Warm, tmp_path: Path) -> None:
+    """How far a call gets beside a step is a matter of the engines, so this run is not that of one rank."""
+    filler = {"fast__filler": True, "fast__every": 3, "checkpoint_every": 6, "stream": "glyph:A@6"}
+    ended = warm.run(*flags(tmp_path / "run", **filler), ranks=2)
+    assert ended.code == 0, ended.stderr
+    evolved = [r for r in lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evolve"]
+    assert [r["step"] for r in evolved] == [0, 3]
+    rollouts = lines(tmp_path / "run" / "rollouts" / "rollouts.jsonl")
+    asked = [r for r in rollouts if r["purpose"] == "gepa"]
+    assert len(asked) == sum(r["rollouts"] for r in evolved)
+    second = asked[evolved[0]["rollouts"] :]
+    assert len({r["step"] for r in second}) > 1  # one call went on from another, a step later
+    assert all(r["step"] <= v <= 3 for r in second for v, _ in r["versions"])
+
+
 @pytest.mark.parametrize(("saved", "resumed"), [(1, 2), (2, 4), (4, 1)])
 def test_a_run_resumed_on_other_ranks_goes_on_as_it_would_have(
     saved: int, resumed: int, on: Callable[[int], Path], warm: Warm, tmp_path: Path

@@ -45,11 +45,16 @@ RUNS: dict[str, dict[str, object]] = {
     "mixture": SMALL | {"mode": "fst", "stream": "glyph:A>glyph:B@4"},
     # two batches an epoch: the third of a cycle meets problems again, whose stored rollouts are used up
     "reuse": NOISE | {"mode": "fst", "fast.reuse": True, "fast.every": 3, "rollout.problems": 8, "checkpoint-every": 1},
-    # six responses at a time: some of those asked ahead are done, some begun and some waiting when the weights change;
-    # the cycle at step 2 is asked ahead too, that at 4 not, for the checkpoint there
+    # six responses at a time: some of those asked ahead are done, some begun and some waiting when the weights change
     "lookahead": SMALL | {
         "mode": "fst", "stream": "glyph:A@6", "rollout.lookahead": 1, "rollout.max-batch": 6, "fast.reuse": True,
         "fast.every": 2, "eval.every": 4, "checkpoint-every": 4, "fast.race": False, "fast.scoring-problems": 8,
+    },
+    # the cycles before steps 4 and 8 begin behind the checkpoints four steps earlier and end before those there
+    "filler": SMALL | {
+        "mode": "fst", "stream": "glyph:A@10", "fast.filler": True, "rollout.lookahead": 1, "rollout.max-batch": 36,
+        "fast.reuse": True, "fast.every": 4, "eval.every": 5, "checkpoint-every": 4, "fast.scoring-problems": 8,
+        "fast.first-proposals": 6, "seed": 4,
     },
 }  # fmt: skip
 
@@ -104,6 +109,12 @@ KILLS = {
     "lookahead": [
         Kill("fst_fast.rollout.dispatch:Scheduler.load_weights", call=2, when="after"),  # with requests carried over
         Kill("fst_fast.train:Trainer._batch_rollouts", call=5),
+    ],
+    "filler": [
+        Kill("fst_fast.train:Trainer._advance", call=4, when="after"),  # of the first cycle, which is waited for
+        Kill("fst_fast.train:Trainer._batch_rollouts", call=3),  # beside the second
+        Kill("fst_fast.train:Trainer.settle", call=5, when="after"),  # that one is over, and not saved yet
+        Kill("fst_fast.train:Trainer._fill", call=7),
     ],
 }
 
@@ -181,13 +192,23 @@ def test_the_runs_that_are_killed_here_learn_in_each_of_their_channels(whole: Wh
         assert any(r["proposals"] for r in kinds["evolve"]) == (settings["mode"] != "rl"), run
         accepted += sum(r["accepted"] for r in kinds["evolve"])
         spanning = [r["step"] - 1 for r in kinds["step"] if r.get("spanning")]
-        assert spanning == ([1, 2, 3, 5] if run == "lookahead" else []), run  # at 2: reused first scores
+        assert spanning == {"lookahead": [1, 3, 5], "filler": [3, 4]}.get(run, []), run
     assert accepted > 2
-    stored = (whole("lookahead") / "rollouts" / "rollouts.jsonl").read_text().splitlines()
-    scored = [r for r in map(json.loads, stored) if r["scoring"]]
-    by_weights = {step: {v for r in scored if r["step"] == step for v, _ in r["versions"]} for step in (0, 2, 4)}
-    assert by_weights == {0: {0}, 2: {1, 2}, 4: {4}}
-    assert any(len(r["versions"]) == 2 for r in scored)
+
+
+def test_filler_runs_beside_the_steps_before_it_and_ends_before_its_own(whole: Whole) -> None:
+    run = whole("filler")
+    assert [r["step"] for r in records(run) if r["kind"] == "evolve"] == [0, 4, 8]
+    stored = [json.loads(line) for line in (run / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
+    calls: dict[int, set[int]] = {}  # step at which they were asked -> weights that sampled them
+    for r in stored:
+        if r["purpose"] == "gepa":
+            calls.setdefault(r["step"], set()).update(v for v, _ in r["versions"])
+    assert calls == {0: {0}, 1: {2, 3, 4}, 4: {4}, 5: {5}, 6: {7}, 8: {8}}
+    ages = [set(r["reuse"]["ages"]) for r in records(run) if r["kind"] == "step"]
+    assert ages[4] == {"2"}  # what filled the steps before a cycle is used after it ...
+    assert ages[8] == {"3"}
+    assert [r["reuse"]["drops"] for r in records(run) if r["kind"] == "step"][8]["stale"] == 4  # ... for T steps
 
 
 def test_a_finished_run_resumed_stays_as_it_is(warm: Warm, whole: Whole, tmp_path: Path) -> None:

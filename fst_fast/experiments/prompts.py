@@ -36,7 +36,7 @@ def k_arm(setting: Setting, stream: str, k: int, *flags: str, label: str = "") -
 
 def sliced_stream(setting: Setting) -> str:
     """One rule for the first half of the letters, another for the second."""
-    return f"glyph:A/B@{max(1, setting.steps * 2 // 3)}"
+    return f"glyph:A/B@{setting.short if setting.miniature else max(1, setting.steps * 2 // 3)}"
 
 
 def live(run: Run) -> float:
@@ -53,12 +53,15 @@ SPECIALISTS = Claim(
     "populations are kept for this; no number",
 )
 INFORMED = Claim("... and make more groups carry a gradient", "no number")
+SPREAD = Claim(
+    "Spreading a group over K = 4 prompts learns more than giving it to the best of them", "spreads; no number"
+)
 
 
 def population_arms(setting: Setting) -> list[Arm]:
-    return [
-        k_arm(setting, setting.stream(setting.short), k) for k in ((1, 2, 4) if setting.miniature else (1, 2, 4, 8))
-    ]
+    stream, sizes = setting.stream(setting.short), (1, 2, 4) if setting.miniature else (1, 2, 4, 8)
+    arms = [k_arm(setting, stream, k) for k in sizes]
+    return [*arms, k_arm(setting, stream, 4, "--fast.route", "slice", label="K = 4, routed")]
 
 
 def population(setting: Setting, runs: Runs) -> Result:
@@ -74,7 +77,11 @@ def population(setting: Setting, runs: Runs) -> Result:
         for label, of in runs.items()
     ]
     gaps = minus(areas["K = 4"], areas["K = 1"])
-    finding = MORE.judged(gaps, f"K = 4 − K = 1 {each(gaps, '+.3f')} in mean reward over the run")
+    spread = minus(areas["K = 4"], areas["K = 4, routed"])
+    findings = [
+        MORE.judged(gaps, f"K = 4 − K = 1 {each(gaps, '+.3f')} in mean reward over the run"),
+        SPREAD.judged(spread, f"spread − routed {each(spread, '+.3f')} in mean reward over the run"),
+    ]
     columns = [
         "",
         "mean reward over the run",
@@ -82,8 +89,11 @@ def population(setting: Setting, runs: Runs) -> Result:
         "mean over the prompts",
         "groups with a gradient, last 10 steps",
     ]
-    notes = ["One rule governs all problems of this task; spread against routed prompts: see sliced and routing."]
-    return Result([finding], columns, rows, dots(areas, "mean reward over the run"), notes, {"areas": areas})
+    notes = [
+        "One rule governs all problems of this task, so routed means: to the prompt that scored best on the others. "
+        "Where problems differ: see sliced and routing."
+    ]
+    return Result(findings, columns, rows, dots(areas, "mean reward over the run"), notes, {"areas": areas})
 
 
 def sliced_arms(setting: Setting) -> list[Arm]:
@@ -286,7 +296,7 @@ def reuse(setting: Setting, runs: Runs) -> Result:
 
 
 EXPERIMENTS = (
-    Experiment("population", "How many prompts?", (MORE,), population_arms, population),
+    Experiment("population", "How many prompts?", (MORE, SPREAD), population_arms, population),
     Experiment("sliced", "Where do several prompts pay?", (SPECIALISTS, INFORMED), sliced_arms, sliced, glyph_only),
     Experiment(
         "routing",

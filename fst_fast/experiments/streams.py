@@ -151,7 +151,7 @@ STAYS = Claim("From an FST checkpoint it learns about as well as from the base",
 
 
 def plasticity_arms(setting: Setting) -> list[Arm]:
-    second = f"{setting.stages[1].task}@{setting.stages[1].steps}"
+    second = f"{setting.stages[1].task}@{setting.steps}"  # enough for RL from the base
     first = {arm.label: arm for arm in rl_and_fst(setting)}
     return [
         setting.arm("RL from the base", "rl", second),

@@ -24,8 +24,10 @@ class Wanted(NamedTuple):
 
 
 class Cycle:
-    """`evolve` of a `pool`, with its keyword arguments but for `evaluate`. `wanted` is the call it waits for, the first being number
-    1 of `calls`; `give` takes what was wanted. When nothing is, `evolution` is what it found.
+    """`evolve` of a `pool`, with its keyword arguments but for `evaluate`, a call at a time.
+
+    `wanted` is the call it waits for, number `calls`, from 1; `give` takes its rollouts. When it waits for none,
+    `evolution` is what it found.
 
     The reflector is asked within `give`, by its caller: no rollout and no collective runs in a thread of its own.
     """
