@@ -91,14 +91,14 @@ def simulated(workload: Workload, seed: int) -> dict[str, Any]:
     }
 
 
-CYCLES = 4  # the first of them is always waited for, and left out
+CYCLES = 2  # after a first, which is always waited for
 
 
 def cycles(workload: Workload, seed: int) -> dict[str, Any]:
     """Seconds of a GEPA cycle and its T steps, rollouts and edits alone: raced or scored at once, the steps waiting for
     the cycle or the cycle filling the steps before it."""
     assert workload.gepa
-    w = replace(workload, steps=(CYCLES + 1) * workload.gepa.every)
+    w = replace(workload, steps=CYCLES * workload.gepa.every + 1)
     print(f"\n{'a GEPA cycle and its steps':40}{'s':>8}{'x first':>9}{'busy':>6}{'tokens':>12}{'calls':>7}")
     out: dict[str, Any] = {}
     for race in (True, False):

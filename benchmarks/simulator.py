@@ -515,6 +515,7 @@ class Cycles(Simulation):
         self.ids += len(jobs)
         jobs = [replace(s, id=renamed[s.id], step=self._tag()) for s in jobs]
         self.unfinished[self._tag()] = len(jobs)
+        self.result.requests += len(jobs)
         known = known_lengths(shape, number, self.seed)
         self._plan(jobs, {renamed[i]: name for i, name in names.items()}, known, priority=FILLER)
 

@@ -70,11 +70,12 @@ class Speed(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rollouts asked together, so many times in the run."""
+    """Rollouts asked together, so many times in the run; `beside`: in the room that the steps' own leave."""
 
     phase: Literal["rollout", "scoring", "minibatch", "eval"]
     rollouts: float
     times: float = 1
+    beside: bool = False
 
 
 @dataclass
@@ -141,11 +142,12 @@ def _cycle(work: Work, config: Config, pool: float, proposals: int, stage: Stage
     reuses = fast.reuse and config.mode == "fst"
     pauses = 3 if fast.race else 1
     first, all_of_them = (scored(newcomers, problems, config) for newcomers in ([pool], [pool, accepted]))
-    work.batches += [
-        Batch("scoring", first / pauses, pauses),
-        Batch("scoring", (all_of_them - first) / pauses / rounds, pauses * rounds),
-        Batch("minibatch", proposals / rounds * fast.minibatch, 2 * rounds),  # parents, then their children
-    ]
+    pool_scores = Batch("scoring", first / pauses)
+    child_scores = Batch("scoring", (all_of_them - first) / pauses / rounds)
+    minibatch = Batch("minibatch", proposals / rounds * fast.minibatch)  # of the parents, and of their children
+    calls = [pool_scores] * pauses + [*[minibatch] * 2, *[child_scores] * pauses] * rounds
+    beside = fast.every if fast.filler and config.mode == "fst" and start else 0  # a call a step
+    work.batches += [replace(call, beside=i < beside) for i, call in enumerate(calls)]
     work.cycles += 1
     work.rounds += rounds
     work.proposals += proposals
@@ -193,10 +195,10 @@ def reflection_tokens(config: Config, options: PlanOptions, lengths: Lengths) ->
 def phases(work: Work, speed: Speed, config: Config) -> dict[str, float]:
     """Seconds of the whole run by the names the trainer's own records have (meter.py)."""
     seconds = dict.fromkeys(("rollout", "scoring", "minibatch", "eval"), 0.0)
-    per_step = work.rollouts("rollout") / work.steps
-    seconds["rollout"] = work.steps * speed.rollouts(per_step)
+    in_steps = sum(b.rollouts * b.times for b in work.batches if b.phase == "rollout" or b.beside)
+    seconds["rollout"] = work.steps * speed.rollouts(in_steps / work.steps)
     for b in work.batches:
-        if b.phase != "rollout":
+        if b.phase != "rollout" and not b.beside:
             seconds[b.phase] += b.times * speed.rollouts(b.rollouts)
     seconds["eval"] += work.evaluations * 2 * speed.forward(config.eval.problems)  # the exact KL
     seconds["gate"] = speed.forward(work.gated)

@@ -113,11 +113,7 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks |
                         trainer.save()
                     if trainer.due(config.eval.every):
                         trainer.evaluate()
-                    if (
-                        trainer.evolves
-                        and trainer.due(config.fast.every)
-                        and trainer.state.evolved < trainer.state.step
-                    ):
+                    if trainer.evolves and trainer.due(config.fast.every):
                         trainer.evolve()
                     trainer.learn()
                 if stage.index >= trainer.state.ended_stages:
@@ -297,11 +293,11 @@ class Trainer:
         return self.config.mode in ("fst", "gepa", "fst-distill")
 
     def evolve(self, *, proposals: int | None = None) -> None:
-        """One GEPA cycle with the weights as they are, on the problems of the next T batches; nothing after one that
-        ran beside the last steps."""
-        if self.state.evolved == self.state.step and proposals is None:
-            return
+        """One GEPA cycle with the weights as they are, on the problems of the next T batches, unless one for this step
+        ran beside the last ones."""
         if proposals is None:
+            if self.state.evolved == self.state.step:
+                return
             proposals = proposals_of(self.config, first=self.state.step == self.stage.start)
         if self.config.mode == "fst-distill":  # the prompts are the teacher's: the frozen base
             self.engine.load_weights(self.base, BASE_VERSION)

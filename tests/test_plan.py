@@ -200,6 +200,24 @@ def test_every_mode_is_planned_as_the_loop_goes(mode: str) -> None:
     assert steps == ([] if mode == "gepa" else [Batch("rollout", 128, 25), Batch("rollout", 128, 10)])
 
 
+def test_cycles_that_fill_the_steps_cost_them_what_their_rollouts_do_and_no_waiting() -> None:
+    waited, filler = (
+        work_of(replace(GLYPH, stream="glyph:A@30", fast=replace(GLYPH.fast, race=False, filler=on)), live=0.5)
+        for on in (False, True)
+    )
+    assert waited.rollouts("scoring") == filler.rollouts("scoring") > 0
+    assert not any(b.beside for b in waited.batches)
+    calls = 1 + 3  # the pool's, then of one round the parents', the children's, the accepted ones'
+    assert [b.beside for b in filler.batches if b.phase in ("scoring", "minibatch")][-2 * calls :] == [True] * 2 * calls
+
+    one, other = (phases(work, roofline(), GLYPH) for work in (waited, filler))
+    assert sum(other.values()) < sum(one.values())
+    assert (
+        0 < other["scoring"] + other["minibatch"] < one["scoring"] + one["minibatch"]
+    )  # the first cycle is waited for
+    assert other["rollout"] > one["rollout"]
+
+
 def test_a_race_costs_less_than_scoring_everybody_to_the_end() -> None:
     everybody = replace(GLYPH, fast=replace(GLYPH.fast, race=False))
     assert plan.scored([10], 24, everybody) == 240

@@ -14,6 +14,8 @@ import real
 from simulator import (
     POLICIES,
     BlockCache,
+    Cycles,
+    Gepa,
     Hardware,
     Job,
     Lengths,
@@ -195,3 +197,26 @@ def test_a_workload_on_the_embedded_engine_is_sampled_whole_under_every_policy()
         assert 0 <= 4 * 200 + 24 * 30 - row["plan"] < 24
         assert all(row["plan"] <= computed <= row["asked"] for computed in row["computed"])
     assert rows["ours, any admission"]["hit_rate"] > rows["problem-major"]["hit_rate"]
+
+
+GEPA = Gepa(every=2, pool=6, keep=2, scoring=8, proposals=4, minibatch=3, accepted=2, reflect=1.0)
+
+
+def test_the_calls_of_a_cycle_are_those_of_the_race_and_of_the_minibatches() -> None:
+    assert GEPA.calls(race=False) == [(8, 6), (3, 4), (3, 4), (8, 2)]
+    assert GEPA.calls(race=True) == [(2, 6), (2, 3), (4, 2), (3, 4), (3, 4), (2, 2), (2, 2), (4, 2)]
+
+
+@pytest.mark.parametrize("race", [False, True])
+def test_a_cycle_that_fills_its_steps_asks_the_same_and_takes_less_time(race: bool) -> None:
+    steps = 8
+    w = replace(SMALL, gepa=GEPA, steps=steps)
+    waited, filler = (Cycles(w, 0, race=race, filler=beside) for beside in (False, True))
+    assert sum(filler.run().seconds) < sum(waited.run().seconds)
+    in_steps = sum(len(make_step(w, s, 0)[0]) for s in range(steps))
+    in_cycle = sum(problems * prompts for problems, prompts in GEPA.calls(race=race))
+    assert waited.result.requests == in_steps + 4 * in_cycle
+    assert waited.result.requests < filler.result.requests < in_steps + 5 * in_cycle  # one for after the last step
+    for sim in (waited, filler):
+        assert sum(sim.result.seconds) <= sim.now
+        assert sim.result.busy <= sim.now * SMALL.engines

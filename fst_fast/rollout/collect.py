@@ -15,7 +15,7 @@ from fst_fast.ranks import Ranks
 from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams, Verdict
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.reuse import RolloutStore
-from fst_fast.rollout.schedule import FILLER
+from fst_fast.rollout.schedule import FILLER, LengthPredictor, place, plan
 from fst_fast.seeding import derive
 from fst_fast.tasks.task import Message, Task, verdicts
 
@@ -44,6 +44,7 @@ class Asked:
     """This rank's rollouts under way: what `Collector.submit` gives, and `Collector.finish` takes once."""
 
     task: Task
+    places: list[int]  # of the asks below among all
     asks: list[Ask]
     requests: list[Request]
     purpose: Purpose
@@ -55,7 +56,8 @@ class Asked:
 class Collector:
     """Renders, schedules, samples, verifies and records. `key` names a call's random stream: no two calls share one.
 
-    Every rank is asked for the same, samples its share with an engine of its own, and returns it all.
+    Every rank is asked for the same, samples its share with an engine of its own, and returns it all. Shares are of
+    equal work, by the lengths of earlier responses to the same problems; those to one prompt and problem stay together.
     `phase("verify")` is entered while responses are decoded and verified (meter.py).
     """
 
@@ -73,6 +75,7 @@ class Collector:
         self.model, self.engine, self.store, self.totals = model, engine, store, totals
         self.sampling, self._seed, self.ranks, self._phase = sampling, seed, ranks or Ranks(), phase
         self._ids = count()
+        self._lengths = LengthPredictor()  # of all ranks' responses: each divides the work as the others do
         self._done: dict[int, Completion] = {}  # finished, and not yet asked for
 
     def collect(
@@ -105,19 +108,24 @@ class Collector:
         may live through besides."""
         version = self.engine.policy_version
         encoded: dict[tuple[str, str], tuple[int, ...]] = {}  # a chat template is applied once per (prompt, problem)
-        requests, asks = [], self.ranks.share(asks)
         for ask in asks:
             pair = (ask.prompt.text, ask.problem.id)
             if pair not in encoded:
                 encoded[pair] = self.model.encode_chat(task.messages(ask.prompt.text, ask.problem))
+        prompts = [encoded[ask.prompt.text, ask.problem.id] for ask in asks]
+        places = shares(asks, prompts, self._lengths, self.ranks.size)[self.ranks.rank]
+        requests = []
+        for i in places:
+            ask = asks[i]
             seed = derive(self._seed, purpose, *key, ask.prompt.id, ask.problem.id, ask.sample)
             priority = FILLER if purpose == "gepa" else step
             requests.append(
-                Request(next(self._ids), encoded[pair], self.sampling, seed, priority, version + ahead, ask.problem.id)
+                Request(next(self._ids), prompts[i], self.sampling, seed, priority, version + ahead, ask.problem.id)
             )
         if requests:
             self.engine.submit(requests)
-        return Asked(task, asks, requests, purpose, step, scoring, range(version, version + ahead + age + 1))
+        own, versions = [asks[i] for i in places], range(version, version + ahead + age + 1)
+        return Asked(task, places, own, requests, purpose, step, scoring, versions)
 
     def ready(self, asked: Asked) -> bool:
         """Whether `finish` has nothing to wait for on this rank."""
@@ -136,7 +144,10 @@ class Collector:
         own = [
             self._rollout(asked, *one) for one in zip(asked.asks, asked.requests, done, responses, said, strict=True)
         ]
-        rollouts = self.ranks.join(own)
+        everywhere = self.ranks.join(list(zip(asked.places, own, strict=True)))
+        rollouts = [rollout for _, rollout in sorted(everywhere, key=lambda found: found[0])]
+        for r in rollouts:
+            self._lengths.observe(r.problem.id, len(r.response_ids))
         self.store.add(rollouts, step=asked.step)
         self._count(rollouts, asked.purpose)
         return rollouts
@@ -210,6 +221,20 @@ class Collector:
         if purpose == "gepa":
             self.totals.gepa_rollouts += len(rollouts)
             self.totals.gepa_tokens += tokens
+
+
+def shares(
+    asks: Sequence[Ask], prompts: Sequence[tuple[int, ...]], lengths: LengthPredictor, size: int
+) -> list[list[int]]:
+    """Indices of the asks of each of `size` ranks: about equal work, by the tokens of `prompts` and the lengths to
+    expect; those that share a whole prompt stay together."""
+    if size == 1:
+        return [list(range(len(asks)))]
+    found = plan(prompts, [0] * len(asks), [lengths.expected(ask.problem.id) for ask in asks])
+    out: list[list[int]] = [[] for _ in range(size)]
+    for unit, rank in zip(found.units, place(found, [0.0] * size), strict=True):
+        out[rank] += unit.requests
+    return [sorted(each) for each in out]
 
 
 def version_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import torch
 
 from fst_fast.model import Model, load_model
 from fst_fast.records import Problem, Prompt, Rollout, SamplingParams
-from fst_fast.rollout.collect import Ask, Collector, Totals, version_metrics
+from fst_fast.rollout.collect import Ask, Collector, Totals, shares, version_metrics
 from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import RolloutStore
+from fst_fast.rollout.schedule import LengthPredictor
 from fst_fast.rollout.torch_engine import TorchEngine
 from fst_fast.tasks.glyph import GlyphTask
 
@@ -206,3 +207,23 @@ def test_nothing_by_older_weights_than_agreed_reaches_the_trainer(ahead: Collect
     waiting = ahead.submit(task, wanted, purpose="rl", step=9, key=(9,), ahead=2)
     with pytest.raises(RuntimeError, match="are for weights after 3"):
         ahead.finish(waiting)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_get_shares_of_equal_work_and_siblings_stay_together(size: int) -> None:
+    problems = [Problem(f"p{i}", {}) for i in range(16)]
+    wanted = [Ask(p, x, s) for x in problems for p in PROMPTS for s in range(2)]
+    ids = {x.id: (100 + i,) * 20 for i, x in enumerate(problems)}
+    prompts = [(1 + PROMPTS.index(ask.prompt),) * 200 + ids[ask.problem.id] for ask in wanted]
+    lengths = LengthPredictor()
+    for i, x in enumerate(problems):
+        for _ in range(20):
+            lengths.observe(x.id, 1000 if i < 4 else 100)  # the first four would all fall to the first of four ranks
+    found = shares(wanted, prompts, lengths, size)
+    assert sorted(i for each in found for i in each) == list(range(len(wanted)))
+    work = [sum(lengths.expected(wanted[i].problem.id) for i in each) for each in found]
+    assert max(work) < 1.35 * min(work)
+    for each in found:
+        assert each == sorted(each)
+        assert all((i ^ 1) in each for i in each)  # neighbours share prompt and problem
+    assert shares([], [], lengths, size) == [[] for _ in range(size)]
