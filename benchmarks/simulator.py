@@ -479,7 +479,7 @@ class Cycles(Simulation):
                 self.cycle, self.call = step // every + 1, -1
             if self.filler:
                 self._next_call()
-            last = self.workload.steps if self.filler else (step // every + 1) * every
+            last = self.workload.steps if self.filler else min(self.workload.steps, (step // every + 1) * every)
             while self.submitted < min(step + 2, last):
                 self._submit(self.submitted)
                 self.submitted += 1
