@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fst_fast.fast.evolve import opening
-from fst_fast.fast.population import Member
 from fst_fast.fast.race import Race
 from fst_fast.records import Problem, Prompt
 from tests.fast.test_evolve import SCORING, TRAINING, counting
-from tests.fast.toys import Scripted, config, cycle, learn_one_word, words
+from tests.fast.toys import Scripted, cycle, learn_one_word, words
 
 
 def problems(n: int) -> list[Problem]:
@@ -150,13 +148,3 @@ def test_blind_populations_are_as_large_as_there_are_prompts() -> None:
     race = Race(SCORING, lambda pairs: [0.0] * len(pairs), keep=4, pauses=True, blind=True)
     race.enter([Prompt("a"), Prompt("b")])
     assert race.blind_populations(4) == {x.id: (Prompt("a"), Prompt("b")) for x in SCORING}
-
-
-@pytest.mark.parametrize("race", [True, False])
-def test_what_a_cycle_asks_for_first_is_known_before_it_begins(race: bool) -> None:
-    texts, scoring = ["red", "green", " red ", "none"], words(*["red", "green", "red"] * 5, prefix="s")
-    twice = [*scoring, *scoring[:3]]
-    _, evaluations = cycle(texts, twice, TRAINING, Scripted(learn_one_word), race=race)
-    expected = opening([Member(Prompt(text)) for text in texts], twice, config(race=race))
-    assert len(expected) == 3 * (4 if race else 15)
-    assert list(evaluations.calls[0]) == expected
