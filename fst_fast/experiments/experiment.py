@@ -15,10 +15,12 @@ from fst_fast.telemetry import Run
 
 @dataclass(frozen=True)
 class Base:
-    """A model that is made here, by a short supervised warm start of random weights on the glyph world."""
+    """A model that is made here, by a short supervised warm start of random weights on the glyph world, or on another
+    world if the further flags of glyph_base say so."""
 
     family: str
     steps: int
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,9 @@ class Pool:
         return Job(arm.label, argv, config_from(argv), needs=tuple(needs))
 
     def _base(self, base: Base) -> Job:
-        folder = self.folder / f"base-{base.family}-{base.steps}"
-        argv = ["--family", base.family, "--steps", str(base.steps), "--out", str(folder)]
+        extra = [flag.strip("-") for flag in base.flags]
+        folder = self.folder / "-".join(["base", base.family, str(base.steps), *extra])
+        argv = ["--family", base.family, "--steps", str(base.steps), *base.flags, "--out", str(folder)]
         made = Job(
             f"warm start of a tiny {base.family}",
             argv,
