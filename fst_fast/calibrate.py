@@ -1,4 +1,4 @@
-"""This machine's speed at a run's own work: a second or two of the embedded model's engine and learner."""
+"""This machine's speed at a run's own work: some ten seconds of the embedded model's engine and learner."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import fmean
@@ -32,8 +31,8 @@ from fst_fast.tasks import make_task
 from fst_fast.tasks.glyph import GlyphTask, state
 from fst_fast.tasks.task import Task
 
-SMALL, LARGE = 24, 512  # rollouts asked together, between which the line is drawn
-ROUNDS = 2
+SMALL, LARGE = 24, 256  # rollouts asked together, between which the line is drawn
+ROUNDS = 6  # of all pieces in turn: what else the machine does in these seconds slows each of them alike
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Measured:
     lengths: Lengths
     rollouts: Line
     learning: Line
+    loading: float
     gate: float
     saving: float
 
@@ -64,7 +64,7 @@ class Measured:
         return self.learning(count)
 
     def sync(self) -> float:
-        return 0.0
+        return self.loading
 
     def checkpoint(self) -> float:
         return self.saving
@@ -78,8 +78,8 @@ def calibrate(config: Config) -> Measured:
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     model, base = load_model(""), load_model("")
     tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl, data=config.data) for s in stages(config.stream)]
-    policy = Policy(model, config.slow)
-    learner, calls, rng = Learner(policy, base, config.slow), count(), random.Random(0)
+    policy = Policy(model, replace(config.slow, lr=0.0))  # learning changes nothing: every round samples alike
+    learner, calls, versions, rng = Learner(policy, base, config.slow), count(), count(1), random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
         scheduler = Scheduler([make_engine(config.rollout, model)])
         sampling = SamplingParams(config.rollout.temperature, config.rollout.max_new_tokens)
@@ -95,19 +95,27 @@ def calibrate(config: Config) -> Measured:
 
         saver = checkpoint.Saver(Path(scratch), Ranks(), keep=1, background=False)
         every = [r for task in tasks for r in sample(task, LARGE)]  # also a warm-up
-        sampled = _line(partial(sample, tasks[0]), SMALL, LARGE)
         # every group is given a gradient
         batch = every[: config.rollout.problems * config.rollout.group_size]
         groups = group_by_problem([replace(r, verdict=Verdict(float(i % 2), "")) for i, r in enumerate(batch)])
         few = max(1, len(groups) // 8)
         learner.step(groups[:few], rng)  # warm-up
-        learning = _line(lambda n: learner.step(groups[:n], rng), few, len(groups))
-        saving = _seconds(lambda: saver.save(policy, {"step": 0, "best": "", "population": []}))
-        gate = _seconds(lambda: learner.log_ratios(every)) / len(every)
+        collector.engine.load_weights(model, next(versions))
+        sampled_few, sampled_many, learned_few, learned_many, loading, gate, saving = _seconds(
+            lambda: sample(tasks[0], SMALL),
+            lambda: sample(tasks[0], LARGE),
+            lambda: learner.step(groups[:few], rng),
+            lambda: learner.step(groups, rng),
+            lambda: collector.engine.load_weights(model, next(versions)),
+            lambda: learner.log_ratios(every),
+            lambda: saver.save(policy, {"step": 0, "best": "", "population": []}),
+        )
+    sampling_line = _line(SMALL, sampled_few, LARGE, sampled_many)
+    each = len(batch) / len(groups)  # rollouts of a group
+    learning_line = _line(few * each, learned_few, len(batch), learned_many)
     context = fmean(len(r.prompt_ids) for r in every)
     lengths = Lengths(context, context, fmean(len(r.response_ids) for r in every), config.rollout.max_new_tokens)
-    each = learning.each * len(groups) / len(batch)  # a rollout
-    return Measured(lengths, sampled, Line(learning.fixed, each), gate, saving)
+    return Measured(lengths, sampling_line, learning_line, loading, gate / len(every), saving)
 
 
 def _prompts(task: Task, config: Config, rng: random.Random) -> list[Prompt]:
@@ -118,13 +126,18 @@ def _prompts(task: Task, config: Config, rng: random.Random) -> list[Prompt]:
     return [Prompt(task.seed_prompt)]
 
 
-def _line(work: Callable[[int], object], small: int, large: int) -> Line:
-    a, b = (fmean(_seconds(partial(work, n)) for _ in range(ROUNDS)) for n in (small, large))
+def _line(small: float, a: float, large: float, b: float) -> Line:
+    """Through `a` seconds at the size `small` and `b` at `large`."""
     each = (b - a) / max(1, large - small)
     return Line(max(0.0, a - each * small), each)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def _seconds(*pieces: Callable[[], object]) -> list[float]:
+    """Mean seconds of each."""
+    took: list[list[float]] = [[] for _ in pieces]
+    for _ in range(ROUNDS):
+        for seconds, work in zip(took, pieces, strict=True):
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+    return [fmean(seconds) for seconds in took]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fst_fast.config import Config
 from fst_fast.errors import UserError
 from fst_fast.evaluate import retention_asks
 from fst_fast.model import Model
@@ -22,6 +23,23 @@ def longest_problem(model: Model, task: Task) -> Problem:
 def room(model: Model, task: Task, prompt: Prompt, problem: Problem, max_new_tokens: int) -> int:
     """Tokens left over when the problem is posed under the prompt and answered at full length."""
     return model.room(task.messages(prompt.text, problem), max_new_tokens)
+
+
+def check_context(model: Model, tasks: Sequence[Task], ood: Task | None, config: Config) -> list[Problem]:
+    """UserError when what a run will sample leaves no room for an answer; the longest problem of each of `tasks`."""
+    answer = config.rollout.max_new_tokens
+    longest = [longest_problem(model, task) for task in tasks]
+    for task, problem in zip(tasks, longest, strict=True):
+        check_room(model, task, [Prompt(task.seed_prompt)], problem, answer)
+    if ood:
+        check_room(model, ood, [Prompt(ood.seed_prompt)], longest_problem(model, ood), answer)
+    edited = config.reflector.max_new_tokens
+    if config.mode != "rl" and config.fast.reflector == "policy" and edited >= model.context:
+        raise UserError(
+            f"reflector.max_new_tokens = {edited} leaves no room for a question in the model's context of "
+            f"{model.context} tokens; use {model.context // 4} or less, another --reflector, or --mode rl"
+        )
+    return longest
 
 
 def check_room(model: Model, task: Task, prompts: Sequence[Prompt], longest: Problem, max_new_tokens: int) -> None:

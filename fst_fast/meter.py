@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from fst_fast.ranks import Ranks
+from fst_fast.records import Rollout
+from fst_fast.shape import Shape
 
 INTERVAL = 0.5  # seconds between two readings of the GPU
 
@@ -27,7 +29,9 @@ class Meter:
         self._gpu: GpuSampler | None = None
 
     def start(self, device: torch.device, price: float, log: Callable[[str], None], ranks: Ranks) -> None:
-        """Watch the GPUs too, if the run is on any, one a rank; `price` in dollars an hour of each."""
+        """The end of the phase "start". Watch the GPUs too, if the run is on any, one a rank; `price` in dollars an
+        hour of each."""
+        self._seconds["start"] += time.monotonic() - self._since - sum(self._seconds.values())
         self.gpus, self._price, self._ranks = ranks.size * (device.type == "cuda"), price, ranks
         if self.gpus:
             self._gpu = open_gpu(device, log)
@@ -61,6 +65,27 @@ class Meter:
     def close(self) -> None:
         if self._gpu:
             self._gpu.close()
+
+
+def mfu(
+    shape: Shape,
+    peak: float,
+    trained: Iterable[Rollout],
+    fresh: Iterable[Rollout],
+    spent: Mapping[str, float],
+    *,
+    kl: bool,
+) -> dict[str, float]:
+    """Model FLOPs utilisation of learning alone and of the whole step, by the seconds `spent` (shape.py counts).
+
+    `peak` in FLOP/s. Learning: three forward passes' worth of the policy over what was trained on, with `kl` one of the
+    base. The whole step: also one over the fresh rollouts. Recomputation and the reuse gate are no model FLOPs.
+    """
+    learned, sampled = (
+        shape.forward_flops((len(r.prompt_ids), len(r.response_ids)) for r in rollouts) for rollouts in (trained, fresh)
+    )
+    learned *= 4 if kl else 3
+    return {"mfu": learned / spent["learn"] / peak, "step_mfu": (learned + sampled) / spent["seconds"] / peak}
 
 
 def together(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:

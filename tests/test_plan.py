@@ -183,7 +183,7 @@ def test_planned_tokens_and_rollouts_are_within_a_fifth_of_a_runs(
     assert work.rollouts("eval") == pytest.approx(sum(r["purpose"] == "eval" for r in rollouts), rel=0.01)
     assert work.reused == sum(round(r["reuse"]["fraction"] * 128) for r in metrics if r["kind"] == "step")
     said = phases(work, speed, config)  # every phase that took time in the run is planned
-    assert {"rollout", "scoring", "minibatch", "eval", "gate", "learn", "checkpoint"} == set(said)
+    assert {"rollout", "scoring", "minibatch", "eval", "gate", "learn", "sync", "checkpoint"} == set(said)
 
 
 @pytest.mark.parametrize("mode", ["rl", "gepa", "rl-then-gepa", "fst-distill"])

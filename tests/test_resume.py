@@ -65,7 +65,7 @@ RUNS["filler behind a checkpoint"] = RUNS["filler"] | {"stream": "glyph:A@5", "c
 KILLS = {
     "fst": [
         Kill("os:replace"),  # config.toml is not there yet: starts anew
-        Kill("fst_fast.train:write_atomic", when="after"),
+        Kill("fst_fast.trainer:write_atomic", when="after"),
         Kill("fst_fast.checkpoint:write_atomic"),  # the first checkpoint is there but for its manifest
         Kill("fst_fast.evaluate:mean_kl"),
         Kill("fst_fast.rollout.collect:Collector._drain", call=5),  # within the first GEPA cycle
@@ -76,12 +76,12 @@ KILLS = {
         Kill("fst_fast.checkpoint:save_model", when="after"),
         Kill("os:rename"),
         Kill("os:rename", when="after"),
-        Kill("fst_fast.train:Trainer.finish_stage"),
-        Kill("fst_fast.train:Trainer.enter", call=2, when="after"),  # the switch of tasks
-        Kill("fst_fast.train:Trainer.learn", call=2),
+        Kill("fst_fast.trainer:Trainer.finish_stage"),
+        Kill("fst_fast.trainer:Trainer.enter", call=2, when="after"),  # the switch of tasks
+        Kill("fst_fast.trainer:Trainer.learn", call=2),
         Kill("fst_fast.checkpoint:load_policy", when="after"),  # a kill while resuming
-        Kill("fst_fast.train:Trainer.finish"),
-        Kill("fst_fast.train:Trainer.finish", when="after"),
+        Kill("fst_fast.trainer:Trainer.finish"),
+        Kill("fst_fast.trainer:Trainer.finish", when="after"),
         Kill("fst_fast.train:write_report"),
         Kill("os:replace"),  # of the report
         Kill("fst_fast.train:print_summary"),
@@ -91,12 +91,12 @@ KILLS = {
         Kill("fst_fast.rollout.reuse:RolloutStore.add", call=2, when="after"),
     ],
     "gepa": [
-        Kill("fst_fast.train:lineage"),
+        Kill("fst_fast.trainer:lineage"),
         Kill("fst_fast.fast.cycle:evolve", call=2, when="after"),
-        Kill("fst_fast.train:Trainer.learn", call=2, when="after"),
+        Kill("fst_fast.trainer:Trainer.learn", call=2, when="after"),
     ],
     "rl-then-gepa": [
-        Kill("fst_fast.train:Trainer.learn", call=4, when="after"),
+        Kill("fst_fast.trainer:Trainer.learn", call=4, when="after"),
         Kill("fst_fast.fast.cycle:evolve", when="after"),  # after the last step
     ],
     "fst-distill": [
@@ -105,21 +105,22 @@ KILLS = {
     ],
     "policy reflector": [
         Kill("fst_fast.rollout.collect:Collector.complete", when="after"),
-        Kill("fst_fast.train:Trainer._generate", call=2, when="after"),
+        Kill("fst_fast.trainer:Trainer._generate", call=2, when="after"),
     ],
-    "mixture": [Kill("fst_fast.train:Trainer.learn", call=3)],  # resumes where the order has to be counted up to
-    "reuse": [Kill("fst_fast.train:Trainer._batch_rollouts", call=3, when="after")],
+    "mixture": [Kill("fst_fast.trainer:Trainer.learn", call=3)],  # resumes where the order has to be counted up to
+    "reuse": [Kill("fst_fast.trainer:Trainer._batch_rollouts", call=3, when="after")],
     "lookahead": [
         Kill("fst_fast.rollout.dispatch:Scheduler.load_weights", call=2, when="after"),  # with requests carried over
-        Kill("fst_fast.train:Trainer._batch_rollouts", call=5),
+        Kill("fst_fast.trainer:Trainer._batch_rollouts", call=5),
     ],
     "filler": [
-        Kill("fst_fast.train:Trainer._advance", call=4, when="after"),  # of the first cycle, which is waited for
-        Kill("fst_fast.train:Trainer._batch_rollouts", call=3),  # beside the second
-        Kill("fst_fast.train:Trainer.settle", call=5, when="after"),  # that one is over, and not saved yet
-        Kill("fst_fast.train:Trainer._fill", call=7),
+        Kill("fst_fast.trainer:Trainer._advance", call=4, when="after"),  # of the first cycle, which is waited for
+        Kill("fst_fast.trainer:Trainer._batch_rollouts", call=3),  # beside the second
+        Kill("fst_fast.trainer:Trainer.settle", call=5, when="after"),  # that one is over, and not saved yet
+        Kill("fst_fast.trainer:Trainer._fill", call=7),
     ],
-    "filler behind a checkpoint": [Kill("fst_fast.train:Trainer._batch_rollouts", call=4)],  # the next begun, not saved
+    # the next one begun, and not saved
+    "filler behind a checkpoint": [Kill("fst_fast.trainer:Trainer._batch_rollouts", call=4)],
 }
 
 Flags = Callable[[str, Path], list[str]]

@@ -391,13 +391,15 @@ def test_several_gpus_spend_energy_together_and_one_that_does_not_answer_is_left
 
 def test_a_cpu_has_seconds_by_phase_alone_and_nobody_looks_for_a_gpu(nvml: FakeNvml) -> None:
     meter = Meter()
+    time.sleep(0.01)
     meter.start(torch.device("cpu"), 2.0, lambda _: pytest.fail("nothing to say"), Ranks())
     with meter.phase("outer"), meter.phase("inner"):
         time.sleep(0.02)
     with meter.phase("inner"):
         time.sleep(0.01)
     spent = meter.read()
-    assert set(spent) == {"seconds", "outer", "inner"}
+    assert set(spent) == {"seconds", "start", "outer", "inner"}
+    assert spent["start"] >= 0.01
     assert spent["inner"] >= 0.03 > 0.02 > spent["outer"]  # a phase inside another counts for itself
     assert spent["seconds"] >= spent["inner"] + spent["outer"]
     assert set(meter.read()) == {"seconds"}
@@ -436,7 +438,8 @@ def test_a_real_run_accounts_for_its_time_and_with_a_peak_for_its_flops(tmp_path
     main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     run = read_run(tmp_path / "run")
     assert set(run.spent) == {
-        "seconds", "rollout", "gate", "learn", "sync", "scoring", "minibatch", "reflect", "verify", "eval", "checkpoint"
+        "seconds", "start", "rollout", "gate", "learn", "sync", "scoring", "minibatch", "reflect", "verify", "eval",
+        "checkpoint",
     }  # fmt: skip
     assert sum(s for name, s in run.spent.items() if name != "seconds") <= run.spent["seconds"]
     trained = [r for r in run.steps if r["live_groups"]]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fst_fast import train
+from fst_fast import train, trainer
 from fst_fast.errors import EngineError
 from fst_fast.model import Model, load_model
 from fst_fast.records import Problem, Prompt, Rollout, SamplingParams, Verdict, Versions
@@ -99,7 +99,7 @@ def serve_stale_weights(patch: pytest.MonkeyPatch, path: str, dtype: str) -> Non
         load_weights(engine, model, version)
 
     patch.setattr(TorchEngine, "load_weights", load)
-    patch.setattr(train, "make_engine", lambda _, model, **__: TorchEngine(model, replica=replica))
+    patch.setattr(trainer, "make_engine", lambda _, model, **__: TorchEngine(model, replica=replica))
 
 
 def test_means_are_over_tokens_and_those_of_other_weights_stand_apart() -> None:
