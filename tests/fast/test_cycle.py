@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -71,23 +71,23 @@ def test_an_error_of_the_reflector_reaches_the_caller_and_the_thread_ends() -> N
     def write(_: Any) -> str:
         raise OSError("no network")
 
-    before = threading.active_count()
+    before = threading.enumerate()
     taken = by_calls(Scripted(write))
     taken.give(Evaluations(knows)(*wanted(taken)))
     minibatches = Evaluations(knows)(*wanted(taken))
     with pytest.raises(OSError, match="no network"):
         taken.give(minibatches)
     taken.close()
-    assert_threads(before)
+    assert_ended(before)
 
 
 def test_a_cycle_given_up_leaves_no_thread() -> None:
-    before = threading.active_count()
+    before = threading.enumerate()
     taken = by_calls(Scripted(learn_one_word))
-    assert threading.active_count() == before + 1
+    assert len(threading.enumerate()) == len(before) + 1
     taken.close()
     taken.close()
-    assert_threads(before)
+    assert_ended(before)
     assert taken.wanted is None
 
 
@@ -118,8 +118,8 @@ def wanted(taken: Cycle) -> Wanted:
     return taken.wanted
 
 
-def assert_threads(count: int) -> None:
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(timeout=5)
-    assert threading.active_count() <= count
+def assert_ended(before: Collection[threading.Thread]) -> None:
+    started = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in started:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in started)
