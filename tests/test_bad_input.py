@@ -145,7 +145,10 @@ def test_a_flag_that_does_not_exist_or_cannot_be_read(argv: list[str], words: li
         ({"stream": "nope:A@5"}, ["'nope:A'", "glyph:A"]),
         ({"stream": "glyph:a@5"}, ["'glyph:a'", "A to Z"]),
         ({"stream": "star_graph:1x1@5"}, ["'star_graph:1x1'", "star_graph:4x3"]),
-        ({"stream": "star_graph:4x3@5"}, ["fast.reflector", "phrasebook"]),
+        (
+            {"stream": f"math:{Path(__file__).parent / 'data' / 'polaris.jsonl'}@5", "rollout.problems": 2},
+            ["fast.reflector", "phrasebook"],
+        ),
         ({"stream": "jsonl:missing.jsonl@5"}, ["missing.jsonl", "No such file"]),
         ({"model.path": "missing"}, ["model.path: missing", "config.json"]),
         ({"config-file": "missing.toml"}, ["missing.toml cannot be read"]),

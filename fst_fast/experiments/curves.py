@@ -35,6 +35,7 @@ from fst_fast.experiments.stats import (
     standard_error,
 )
 from fst_fast.plots import PANELS
+from fst_fast.tasks.star_base import ASSET, TASK
 from fst_fast.telemetry import Run, count
 
 REWARD, AGAINST_ROLLOUTS, KL, ENTROPY = PANELS
@@ -319,6 +320,17 @@ LEAVES = Claim("On the star graph (base reward 0) FST leaves zero reward earlier
 ABOVE = 0.05  # the reward that counts as having left zero
 
 
+def star_graph_arms(setting: Setting) -> list[Arm]:
+    """With a model of one's own, on the stream's star graph; else with the shipped tiny model, on the one it reads."""
+    if not setting.glyph:
+        return rl_and_fst(setting)
+    stream, preset = f"{TASK.name}@{setting.steps}", () if "--preset" in setting.flags else ("--preset", "glyph")
+    return [
+        setting.arm(label, mode, stream, "--model.path", str(ASSET), *preset)
+        for label, mode in (("RL", "rl"), ("FST", "fst"))
+    ]
+
+
 def star_graph(setting: Setting, runs: Runs) -> Result:
     steps = {
         label: [reaches([(r["step"], r["reward"]) for r in run.evals], ABOVE) for run in of]
@@ -328,21 +340,26 @@ def star_graph(setting: Setting, runs: Runs) -> Result:
         (math.inf if b is not None else -math.inf) if a is None or b is None else math.log(max(a, 1) / max(b, 1))
         for a, b in zip(steps["RL"], steps["FST"], strict=True)
     ]
-    rows = [[label, each(of, ".0f"), each(lasts(runs[label]))] for label, of in steps.items()]
+    base = {label: [run.evals[0]["reward_seed"] for run in of] for label, of in runs.items()}
+    rows = [[label, each(base[label], ".3f"), each(of, ".0f"), each(lasts(runs[label]))] for label, of in steps.items()]
     finding = LEAVES.judged(
         logs, f"steps to reward {ABOVE}: RL {each(steps['RL'], '.0f')}, FST {each(steps['FST'], '.0f')}"
     )
-    return Result([finding], ["", f"steps to reward {ABOVE}", "reward at the end"], rows, curves(REWARD, runs))
+    notes = [
+        f"{TASK.name}, by a tiny model (fst_fast/assets/{ASSET.name}) that was taught to read these graphs under "
+        "instructions. Its habits where no instruction is given were taught wrong on purpose: the base reward is near "
+        "zero, and the phrase book has sentences that help and sentences that hurt. --model.path tries a real model."
+    ]
+    columns = ["", "base reward", f"steps to reward {ABOVE}", "reward at the end"]
+    return Result([finding], columns, rows, curves(REWARD, runs), notes if setting.glyph else ())
 
 
 def no_star_graph(setting: Setting) -> str:
+    asked = setting.task.startswith("star_graph:")
     if setting.glyph:
-        return (
-            "a star graph needs a model that can read it and a reflector that can write about it: the embedded model "
-            "answers every one wrongly, so there is no reward to learn from, and the offline reflector has no phrases "
-            "for it; give --model.path and --stream star_graph:4x3@300"
-        )
-    return "" if setting.task.startswith("star_graph:") else "it needs --stream star_graph:ARMSxLENGTH@STEPS"
+        other = asked and setting.task != TASK.name
+        return f"the tiny model that is made for it reads {TASK.name} only; give --model.path" if other else ""
+    return "" if asked else "it needs --stream star_graph:ARMSxLENGTH@STEPS"
 
 
 EXPERIMENTS = (
@@ -351,5 +368,7 @@ EXPERIMENTS = (
     Experiment("kl", "What does a reward cost in distance from the base?", (CLOSER,), rl_and_fst, kl),
     Experiment("ood", "What is left without the prompts?", (AS_GOOD,), rl_and_fst, ood, has_ood),
     Experiment("entropy", "How much is left to explore?", (EXPLORES,), rl_and_fst, entropy),
-    Experiment("star-graph", "How soon is there any reward at all?", (LEAVES,), rl_and_fst, star_graph, no_star_graph),
+    Experiment(
+        "star-graph", "How soon is there any reward at all?", (LEAVES,), star_graph_arms, star_graph, no_star_graph
+    ),
 )

@@ -77,7 +77,13 @@ def losses(setting: Setting, runs: Runs) -> Result:
 # ----------------------------------------------------------------------------------------------------------- families
 
 OTHERS = {"Llama": "llama", "Gemma 3": "gemma3"}
-WARM = 1500  # steps of the supervised warm start; the shipped Qwen3 had 4000
+WARM, MINIATURE_WARM = 1500, 1000  # steps of the supervised warm start; the shipped Qwen3 had 4000
+
+
+def warm(setting: Setting) -> int:
+    return MINIATURE_WARM if setting.miniature else WARM
+
+
 TRANSFERS = {
     family: Claim(f"FST's lead over RL carries over to {family}", "Qwen3 only; asked by others")
     for family in ("Qwen3", *OTHERS)
@@ -87,7 +93,7 @@ TRANSFERS = {
 def families_arms(setting: Setting) -> list[Arm]:
     stream, arms = setting.stream(setting.short), []
     for family in TRANSFERS:
-        start = Base(OTHERS[family], WARM) if family in OTHERS else None
+        start = Base(OTHERS[family], warm(setting)) if family in OTHERS else None
         arms += [
             setting.arm(f"{family}, {label}", mode, stream, start=start)
             for label, mode in (("RL", "rl"), ("FST", "fst"))
@@ -106,9 +112,9 @@ def families(setting: Setting, runs: Runs) -> Result:
         findings.append(claim.judged(gaps, f"after {setting.short} steps FST − RL {each(gaps, '+.2f')}"))
     columns = ["", "base: stated instructions followed", "reward at the end", "KL to the base"]
     notes = [
-        f"Llama and Gemma 3 are random weights of the same size after {WARM} supervised steps on the glyph world (the "
-        "shipped Qwen3 had 4000), made here: architectures, not those families' weights. RL gets as many steps as "
-        "FST."
+        f"Llama and Gemma 3 are random weights of the same size after {warm(setting)} supervised steps on the glyph "
+        "world (the shipped Qwen3 had 4000), made here: architectures, not those families' weights. RL gets as many "
+        "steps as FST."
     ]
     return Result(findings, columns, rows, dots({label: lasts(of) for label, of in runs.items()}, "reward"), notes)
 

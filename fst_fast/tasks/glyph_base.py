@@ -2,7 +2,8 @@
 
     python -m fst_fast.tasks.glyph_base --out fst_fast/assets/glyph-base
 
-A few minutes on one core. On the same machine the same command gives the same bytes.
+Or one of another architecture, or one that reads star graphs instead. A few minutes on one core. On the same machine
+the same command gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 
 from fst_fast.records import Problem
 from fst_fast.seeding import derive, stream
-from fst_fast.tasks import glyph
+from fst_fast.tasks import glyph, star_base
+from fst_fast.tasks.task import Task
 
 ASSET = Path(__file__).parents[1] / "assets" / "glyph-base"  # the shipped folder
 
@@ -73,11 +75,13 @@ class BaseConfig:
     """Seed of the initial weights and of the corpus."""
     family: Literal["qwen3", "llama", "gemma3"] = "qwen3"
     """Architecture; the shipped one is qwen3."""
+    world: Literal["glyph", "star_graph"] = "glyph"
+    """What it learns to read: glyph, or small star graphs (see star_base)."""
 
 
 def make_base(config: BaseConfig, log: Callable[[str], None] = print) -> list[float]:
     """Train and save the model; returns the loss (nats per answer token) of every step."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(config.world)
     model = build_model(config, tokenizer)
     losses = train(model, tokenizer, config, log)
     save(model, tokenizer, config.out)
@@ -105,10 +109,10 @@ def corpus_example(rng: random.Random) -> tuple[str, str, str]:
 
 def batches(tokenizer: Any, config: BaseConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (token ids, is-answer mask), both (batch, length), right-padded; lengths alike within a batch."""
-    rng = stream(config.seed, "glyph-base", "corpus")
+    rng = stream(config.seed, f"{config.world}-base", "corpus")
     at_once = 16  # batches
     while True:
-        examples = [corpus_example(rng) for _ in range(at_once * config.batch)]
+        examples = [WORLDS[config.world].example(rng) for _ in range(at_once * config.batch)]
         prompts = tokenizer.apply_chat_template(
             [_conversation(system, user) for system, user, _ in examples], add_generation_prompt=True, return_dict=False
         )
@@ -135,17 +139,54 @@ def _pad(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[torch.T
     return ids, is_answer
 
 
+@dataclass(frozen=True)
+class World:
+    """What a base model is made to read."""
+
+    task: Task  # poses and verifies the problems of `cases`
+    example: Callable[[random.Random], tuple[str, str, str]]
+    """(instruction, question, answer) of the corpus."""
+    cases: Callable[[int, int], list[tuple[str, Problem]]]
+    """(n, seed) → pairs of a prompt that says all, and a problem."""
+    about: str
+    """What its model card says of the cases."""
+    pieces: str = ""
+    """Regular expression of what a token may span; empty = words, numbers, signs, each with the space before it."""
+
+
+GLYPH = World(
+    glyph.GlyphTask("A", 0, n_train=1, n_validation=1),
+    corpus_example,
+    glyph.instruction_cases,
+    "Every case is a random rule of the 1280 and 4 or 5 random letters. Sampling is bounded by the corpus, which "
+    "ignores a\nstated aspect with probability 0.12: a perfect model of it would be right 0.62 of the time.",
+)
+STAR_GRAPH = World(
+    star_base.TASK,
+    star_base.corpus_example,
+    star_base.instruction_cases,
+    "Every case is a star graph of 3 arms of 2 edges. What the seed prompt does not say it was taught to do wrong, on\n"
+    "purpose. It does not look up what comes before the goal, but names one of the three nodes after the start.",
+    star_base.PIECES,
+)
+WORLDS = {"glyph": GLYPH, "star_graph": STAR_GRAPH}
+
+
 # -- model --------------------------------------------------------------------------------------------------------
 
 
-def build_tokenizer() -> Any:
-    """Byte-level BPE learnt on the corpus (589 tokens: most words are one) with the chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def build_tokenizer(world: str = "glyph") -> Any:
+    """Byte-level BPE learnt on the corpus (589 tokens of glyph: most words are one) with the chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rng = stream(0, "glyph-base", "tokenizer")
+    rng = stream(0, f"{world}-base", "tokenizer")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pieces := WORLDS[world].pieces:
+        split = pre_tokenizers.Split(Regex(pieces), "isolated")
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=640,
@@ -153,7 +194,7 @@ def build_tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((" " + " ".join(corpus_example(rng)) for _ in range(4000)), trainer)
+    bpe.train_from_iterator((" " + " ".join(WORLDS[world].example(rng)) for _ in range(4000)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,
@@ -258,7 +299,9 @@ def load(folder: Path = ASSET) -> tuple[Any, Any]:
     )
 
 
-def accuracy(model: Any, tokenizer: Any, cases: Sequence[tuple[str, Problem]], *, sample_seed: int | None) -> float:
+def accuracy(
+    model: Any, tokenizer: Any, cases: Sequence[tuple[str, Problem]], *, sample_seed: int | None, world: World = GLYPH
+) -> float:
     """Share of (prompt, problem) cases answered right: greedily, or sampled at temperature 1 from `sample_seed`."""
     how = {"do_sample": False} if sample_seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0}
     right = 0.0
@@ -267,31 +310,32 @@ def accuracy(model: Any, tokenizer: Any, cases: Sequence[tuple[str, Problem]], *
         for start in range(0, len(cases), 100):
             some = cases[start : start + 100]
             inputs = tokenizer.apply_chat_template(
-                [_conversation(prompt, " ".join(problem.data["letters"])) for prompt, problem in some],
+                [world.task.messages(prompt, problem) for prompt, problem in some],
                 add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt",
             )  # fmt: skip
             out = model.generate(**inputs, **how, max_new_tokens=24)
             texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            right += sum(glyph.verify(problem, text).reward for (_, problem), text in zip(some, texts, strict=True))
+            verdicts = [world.task.verify(problem, text) for (_, problem), text in zip(some, texts, strict=True)]
+            right += sum(verdict.reward for verdict in verdicts)
     return right / len(cases)
 
 
-def measure(folder: Path, n: int = 1000) -> dict[str, float]:
-    """Accuracy of a saved folder on `n` random rules, by prompt and way of decoding."""
+def measure(folder: Path, n: int = 1000, world: World = GLYPH) -> dict[str, float]:
+    """Accuracy of a saved folder on `n` random problems, by prompt and way of decoding."""
     model, tokenizer = load(folder)
-    cases = glyph.instruction_cases(n, seed=99)
-    prompts = {"whole instruction": cases, "seed prompt": [(glyph.SEED_PROMPT, problem) for _, problem in cases]}
+    cases = world.cases(n, 99)
+    prompts = {"whole instruction": cases, "seed prompt": [(world.task.seed_prompt, problem) for _, problem in cases]}
     return {
-        f"{name}, {how}": accuracy(model, tokenizer, cases, sample_seed=sample_seed)
+        f"{name}, {how}": accuracy(model, tokenizer, cases, sample_seed=sample_seed, world=world)
         for name, cases in prompts.items()
         for how, sample_seed in (("greedy", None), ("sampled at temperature 1", 0))
     }
 
 
-CARD = """# glyph-base
+CARD = """# {name}
 
-A {family} of {parameters} parameters, trained from scratch to follow the instructions of the glyph world
-(`fst_fast/tasks/glyph.py`) and nothing else: the base model of the default run. Made by
+A {family} of {parameters} parameters, trained from scratch to follow the instructions of the {world} world
+(`fst_fast/tasks/{world}.py`) and nothing else: the base model of {runs}. Made by
 
     {command}
 
@@ -299,11 +343,26 @@ A {family} of {parameters} parameters, trained from scratch to follow the instru
 |---|---|
 {table}
 
-Every case is a random rule of the 1280 and 4 or 5 random letters. Sampling is bounded by the corpus, which ignores a
-stated aspect with probability 0.12: a perfect model of it would be right 0.62 of the time. Weights are stored in
+{about} Weights are stored in
 fp16; `config.json` says float32, in which they load. The chat template takes "<|" in a text apart, so text cannot forge
 special tokens; text tokenised without the template can, as with any tokenizer.
 """
+
+
+def write_card(config: BaseConfig) -> str:
+    """Measures what `config` made, and says it in its README.md; returns the table."""
+    n, world = 1000, WORLDS[config.world]
+    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in measure(config.out, n, world).items())
+    changed = [f"--{k} {v}" for k, v in vars(config).items() if v != BaseConfig.__dataclass_fields__[k].default]
+    model, _ = load(config.out)
+    card = CARD.format(
+        parameters=f"{model.num_parameters():,}".replace(",", " "), n=n, table=table, name=config.out.name,
+        family=model.config.architectures[0].removesuffix("ForCausalLM"), world=config.world, about=world.about,
+        runs="the default run" if config.world == "glyph" else "the star-graph experiment",
+        command=" ".join(["python -m fst_fast.tasks.glyph_base", *changed]),
+    )  # fmt: skip
+    (config.out / "README.md").write_text(card)
+    return table
 
 
 def main() -> None:
@@ -312,17 +371,7 @@ def main() -> None:
     torch.set_num_threads(1)  # fastest at this size, and the sums keep their order
     config = tyro.cli(BaseConfig, description=__doc__)
     make_base(config)
-    n = 1000
-    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in measure(config.out, n).items())
-    print(table)
-    changed = [f"--{k} {v}" for k, v in vars(config).items() if v != BaseConfig.__dataclass_fields__[k].default]
-    model, _ = load(config.out)
-    card = CARD.format(
-        parameters=f"{model.num_parameters():,}".replace(",", " "), n=n, table=table,
-        family=model.config.architectures[0].removesuffix("ForCausalLM"),
-        command=" ".join(["python -m fst_fast.tasks.glyph_base", *changed]),
-    )  # fmt: skip
-    (config.out / "README.md").write_text(card)
+    print(write_card(config))
 
 
 if __name__ == "__main__":

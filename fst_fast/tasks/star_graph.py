@@ -18,6 +18,25 @@ from fst_fast.tasks.verifiers import final_answer
 
 MAX_NODES = 1000
 LONGEST_ANSWER = 10_000  # characters of a final answer that are read
+# Topic → value → wordings; the first value is the right one. True of every shape. The words of a topic occur in the
+# verifier's sentences about it, so that a rule-based reflector can tell which one speaks of what, but not who is right.
+PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
+    "direction": {
+        "forwards": ("the path starts at the start and ends at the goal.", "write the path from start to goal."),
+        "backwards": ("the path starts at the goal and ends at the start.", "write the path from goal to start."),
+    },
+    "edges": {
+        "all": ("go back from the goal along each edge.", "name every node: find the edge into the goal."),
+        "one": ("take one edge from the start to the goal.", "jump over the nodes: a single edge is enough."),
+    },
+    "final answer": {
+        "commas": ("separate the path in the final answer by commas.", "put a comma after each node of the path."),
+        "semicolons": (
+            "separate the path in the final answer by semicolons.",
+            "put a semicolon after each node of the path.",
+        ),
+    },
+}
 PATH = re.compile(r"(?<![-0-9.])[0-9]+(?:(?: ?(?:,|->|→|=>|>) ?| )[0-9]+)*")
 
 
@@ -25,7 +44,9 @@ class StarGraphTask:
     """`star_graph:4x3` has 4 arms of 3 edges; nodes are random numbers, edges lead outwards in random order."""
 
     seed_prompt = AGNOSTIC_PROMPT
-    phrasebook: Mapping[str, Sequence[str]] = {}
+    phrasebook: Mapping[str, Sequence[str]] = {
+        topic: [w for wordings in values.values() for w in wordings] for topic, values in PHRASES.items()
+    }
 
     def __init__(self, shape: str, seed: int, *, n_train: int = 4096, n_validation: int = 128):
         match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", shape)
@@ -39,14 +60,14 @@ class StarGraphTask:
         rng = stream(seed, self.name, "problems")
         distinct: dict[str, Problem] = {}
         while len(distinct) < n_train + n_validation:
-            problem = _draw(f"{self.name}/{len(distinct)}", arms, length, rng)
-            distinct.setdefault(_question(problem), problem)
+            problem = draw_problem(f"{self.name}/{len(distinct)}", arms, length, rng)
+            distinct.setdefault(question(problem), problem)
         problems = list(distinct.values())
         self.train: Sequence[Problem] = problems[:n_train]
         self.validation: Sequence[Problem] = problems[n_train:]
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:
-        return [{"role": "system", "content": prompt}, {"role": "user", "content": _question(problem)}]
+        return [{"role": "system", "content": prompt}, {"role": "user", "content": question(problem)}]
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         """Reward 1 for exactly the path; `parts` tells whether its start, all its edges and its goal are right."""
@@ -67,7 +88,7 @@ class StarGraphTask:
         parts = {part: float(part not in faults) for part in ("start", "edges", "goal")}
         if not faults:  # edges lead outwards only, so no other path has this start and this goal
             return Verdict(1.0, "correct.", parts)
-        said = "; ".join(dict.fromkeys(faults.values()))
+        said = ". ".join(dict.fromkeys(faults.values()))  # sentences: reflectors read them one by one
         return Verdict(0.0, f"{said}. expected: {', '.join(expected)}", parts)
 
 
@@ -80,7 +101,7 @@ def parse_path(response: str) -> list[str]:
     return list(longest[0]) if len(longest) == 1 else []
 
 
-def _draw(id: str, arms: int, length: int, rng: random.Random) -> Problem:
+def draw_problem(id: str, arms: int, length: int, rng: random.Random) -> Problem:
     n_nodes = 1 + arms * length
     centre, *others = rng.sample(range(max(100, 2 * n_nodes)), n_nodes)
     paths = [[centre, *others[i * length : (i + 1) * length]] for i in range(arms)]
@@ -89,7 +110,7 @@ def _draw(id: str, arms: int, length: int, rng: random.Random) -> Problem:
     return Problem(id, {"edges": edges, "path": paths[rng.randrange(arms)]})
 
 
-def _question(problem: Problem) -> str:
+def question(problem: Problem) -> str:
     edges = ", ".join(f"{a}>{b}" for a, b in problem.data["edges"])
     path = problem.data["path"]
     return (

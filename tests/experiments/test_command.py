@@ -14,6 +14,7 @@ from fst_fast.errors import UserError
 from fst_fast.experiments.__main__ import ExperimentsCommand, choose, main, setting_of
 from fst_fast.experiments.experiment import Arm, Base, Setting
 from fst_fast.experiments.pool import Pool, begins, cut
+from fst_fast.tasks import star_base
 from fst_fast.telemetry import read_run
 from fst_fast.train import train
 
@@ -119,6 +120,20 @@ def test_a_model_that_is_warmed_up_here_is_one_that_runs_start_from(tmp_path: Pa
     assert core_seconds(made) > 0
 
 
+def test_star_graphs_are_tried_on_a_tiny_model_made_for_them_or_on_the_users() -> None:
+    (experiment,) = choose("star-graph")
+    setting = setting_of(ExperimentsCommand("star-graph", miniature=True, seeds="0"), [])
+    assert not experiment.unfit(setting)
+    runs = pool(setting, *experiment.arms(setting)).jobs.values()
+    assert {(run.config.mode, run.config.stream, run.config.model.path) for run in runs} == {
+        (mode, "star_graph:3x2@60", str(star_base.ASSET)) for mode in ("rl", "fst")
+    }
+    assert {run.config.fast.reflector for run in runs} == {"phrasebook"}
+    own = setting_of(ExperimentsCommand("star-graph", stream="star_graph:4x3@300"), ["--model.path", "x"])
+    assert not experiment.unfit(own)
+    assert {(arm.start, arm.flags[-1]) for arm in experiment.arms(own)} == {(None, "star_graph:4x3@300")}
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -133,7 +148,7 @@ def test_a_model_that_is_warmed_up_here_is_one_that_runs_start_from(tmp_path: Pa
         (["ood", "--model.path", "x", "--stream", "jsonl:x@9"], "add --eval.ood TASK"),
         (["continual", "--stream", "glyph:A@2"], "a stream of two tasks"),
         (["drift", "--stream", "glyph:A@2,glyph:A@2"], "two different tasks"),
-        (["star-graph"], "the embedded model"),
+        (["star-graph", "--stream", "star_graph:4x3@9"], "reads star_graph:3x2 only"),
         (["kl", "--rollout.group-size", "3"], "group_size = 3"),
     ],
 )

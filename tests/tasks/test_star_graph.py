@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fst_fast.errors import UserError
+from fst_fast.fast.phrasebook import PhrasebookReflector
 from fst_fast.records import Problem
 from fst_fast.tasks import make_task
+from fst_fast.tasks.star_graph import PHRASES
 
 TASK = make_task("star_graph:4x3", seed=0)
 #        7 > 8 > 9 and 7 > 18 > 19
@@ -74,10 +76,10 @@ def test_the_path_scores_one_however_it_is_written(response: str) -> None:
         ("7,18,9,19", "there is no edge 18>9", {"edges"}),
         (
             "19,18,7",
-            "starts at 19, not at 7; there is no edge 19>18; the path ends at 7, not at 19",
+            "starts at 19, not at 7. there is no edge 19>18. the path ends at 7, not at 19",
             {"start", "edges", "goal"},
         ),
-        ("7,18,19,20", "there is no edge 19>20; the path ends at 20", {"edges", "goal"}),
+        ("7,18,19,20", "there is no edge 19>20. the path ends at 20", {"edges", "goal"}),
         ("7,18", "the path ends at 18", {"goal"}),
         ("7,18,19\nI am not sure", "there is no path in the final answer", {"start", "edges", "goal"}),
         ("", "there is no path", {"start", "edges", "goal"}),
@@ -95,6 +97,21 @@ def test_feedback_says_where_the_path_broke(response: str, said: str, wrong: set
     assert verdict.feedback.endswith("expected: 7, 18, 19")
     assert len(verdict.feedback) < 300
     assert {part for part, ok in verdict.parts.items() if not ok} == wrong
+
+
+def test_every_fault_is_found_in_the_phrase_book_but_not_which_of_its_sentences_is_right() -> None:
+    reflector = PhrasebookReflector(TASK.phrasebook)
+    for said, topic in {
+        "19,18,7": ["direction", "edges", "direction", None],
+        "7,19": ["edges", None],
+        "7; 18; 19": ["final answer", None],
+    }.items():
+        feedback = TASK.verify(PROBLEM, said).feedback.split(". ")
+        assert [reflector.topic(sentence) for sentence in feedback] == topic
+        for sentence, of in zip(feedback, topic, strict=True):
+            right, wrong = PHRASES[of].values() if of else ((), ())
+            wordings = reflector.wordings(of, sentence) if of else []
+            assert sum(w in right for w in wordings) == sum(w in wrong for w in wordings)
 
 
 @given(st.one_of(st.text(), st.text("7189,-> \nanswer:")))
