@@ -41,7 +41,8 @@ RUNS: dict[str, dict[str, object]] = {
     "gepa": SMALL | {"mode": "gepa"},
     "rl-then-gepa": NOISE | {"mode": "rl-then-gepa", "model.dtype": "bfloat16"},
     "fst-distill": SMALL | {"mode": "fst-distill", "checkpoint-every": 1},
-    "policy reflector": NOISE | {"mode": "fst"},
+    # the base model's weights are in the engine while it edits, also beside the steps before the second cycle
+    "policy reflector": NOISE | {"mode": "fst", "stream": f"{DATA}@5", "fast.filler": True},
     "mixture": SMALL | {"mode": "fst", "stream": "glyph:A>glyph:B@4"},
     # two batches an epoch: the third of a cycle meets problems again, whose stored rollouts are used up
     "reuse": NOISE | {"mode": "fst", "fast.reuse": True, "fast.every": 3, "rollout.problems": 8, "checkpoint-every": 1},
@@ -106,6 +107,7 @@ KILLS = {
     "policy reflector": [
         Kill("fst_fast.rollout.collect:Collector.complete", when="after"),
         Kill("fst_fast.trainer:Trainer._generate", call=2, when="after"),
+        Kill("fst_fast.trainer:Trainer._fill", call=2, when="after"),
     ],
     "mixture": [Kill("fst_fast.trainer:Trainer.learn", call=3)],  # resumes where the order has to be counted up to
     "reuse": [Kill("fst_fast.trainer:Trainer._batch_rollouts", call=3, when="after")],

@@ -348,7 +348,8 @@ def star_graph(setting: Setting, runs: Runs) -> Result:
     notes = [
         f"{TASK.name}, by a tiny model (fst_fast/assets/{ASSET.name}) that was taught to read these graphs under "
         "instructions. Its habits where no instruction is given were taught wrong on purpose: the base reward is near "
-        "zero, and the phrase book has sentences that help and sentences that hurt. --model.path tries a real model."
+        "zero, and the phrase book has sentences that help and sentences that hurt. It guesses which of three nodes "
+        "comes before the goal: about a third is within its reach at first. --model.path tries a real model."
     ]
     columns = ["", "base reward", f"steps to reward {ABOVE}", "reward at the end"]
     return Result([finding], columns, rows, curves(REWARD, runs), notes if setting.glyph else ())
