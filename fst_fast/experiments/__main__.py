@@ -23,7 +23,7 @@ from fst_fast.config import stages
 from fst_fast.errors import UserError
 from fst_fast.experiments.catalogue import EXPERIMENTS
 from fst_fast.experiments.experiment import Experiment, Setting, check_fit
-from fst_fast.experiments.page import Report, show, write_files, write_page
+from fst_fast.experiments.page import Report, show, write_claims, write_files, write_page
 from fst_fast.experiments.pool import Pool
 from fst_fast.report import caveats
 from fst_fast.telemetry import read_run
@@ -108,6 +108,8 @@ def main(argv: Sequence[str]) -> None:
     ]
     trained = [read_run(job.dir) for job in jobs if job.module == "fst_fast.train"]
     write_page(reports, page, "Claims of Fast-Slow Training, tried here", facts, caveats(trained))
+    if len(reports) > 1:
+        write_claims(reports, page.with_suffix(".md"))
     print(f"page: {page}")
 
 

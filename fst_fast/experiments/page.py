@@ -1,4 +1,5 @@
-"""What an experiment leaves behind: one JSON file, one table, one plot; and of all of them one self-contained page."""
+"""What an experiment leaves behind: one JSON file, one table, one plot; and of all of them one self-contained page,
+and one table of their claims."""
 
 from __future__ import annotations
 
@@ -81,6 +82,16 @@ def write_page(
         views.append(view)
     page = template("experiments/page.html.j2").render(title=title, facts=facts, caveats=caveats, results=views)
     write_atomic(out, page.encode(errors="replace"))
+
+
+def write_claims(reports: Sequence[Report], out: Path) -> None:
+    """The claims of several experiments as one table of Markdown."""
+    lines = [_row(["experiment", "claim", "the paper", "ours", "held?"]), _row(["---"] * 5)]
+    for report in reports:
+        for f in report.findings:
+            verdict = f.verdict if f.verdict == "held" else f"**{f.verdict}**"
+            lines.append(_row([report.experiment.name, f.claim.text, f.claim.paper, f.ours, verdict]))
+    write_atomic(out, ("\n".join(lines) + "\n").encode())
 
 
 def _markdown(report: Report) -> str:

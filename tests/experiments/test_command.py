@@ -99,6 +99,9 @@ def test_a_miniature_ends_in_files_and_a_page_and_is_not_run_again(
         assert {"claim", "paper", "ours", "verdict"} == set(data["findings"][0])
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.md").read_text().startswith(f"# {name}: ")
+    claims = (tmp_path / "kl-plasticity.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in claims[2:]] == ["| kl", "| plasticity", "| plasticity"]
+    assert {line.count(" | ") for line in claims} == {4}
     metrics = {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
     assert len(metrics) == 2 + 3  # plasticity starts from the weights of kl's
     interrupted = next(iter(metrics)).parent
