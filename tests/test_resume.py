@@ -219,6 +219,14 @@ def test_filler_runs_beside_the_steps_before_it_and_ends_before_its_own(whole: W
     assert [r["reuse"]["drops"] for r in records(run) if r["kind"] == "step"][8]["stale"] == 4  # ... for T steps
 
 
+def test_a_policy_edits_prompts_beside_the_steps_too(whole: Whole) -> None:
+    """Or `KILLS` would not try what its comment says."""
+    run = whole("policy reflector")
+    stored = [json.loads(line) for line in (run / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
+    asked = {r["step"] for r in stored if r["purpose"] == "gepa"}
+    assert asked == {0, 1, 2, 3, 4}  # the cycles are those before steps 0, 2 and 4
+
+
 def test_a_finished_run_resumed_stays_as_it_is(warm: Warm, whole: Whole, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole("fst"), tmp_path / "fst"))
     config = run / "config.toml"

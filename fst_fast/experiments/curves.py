@@ -39,7 +39,7 @@ from fst_fast.tasks.star_base import ASSET, TASK
 from fst_fast.telemetry import Run, count
 
 REWARD, AGAINST_ROLLOUTS, KL, ENTROPY = PANELS
-COSTS = ("steps", "rollouts", "tokens", "seconds")
+COSTS = ("steps", "rollouts", "tokens", "seconds", "GPU-hours")
 
 
 def modes(setting: Setting) -> list[Arm]:
@@ -63,8 +63,9 @@ def spent(run: Run, record: dict[str, Any]) -> dict[str, float]:
     """What learning had cost at an evaluation: its wall clock without evaluations, on the machine of this run."""
     done = [r for r in run.steps if r["step"] <= record["step"]]
     done += [r for r in run.evolves if r["step"] < record["step"]]
-    seconds = sum(r["time"]["seconds"] for r in done)
-    return {"steps": record["step"], "rollouts": record["rollouts"], "tokens": record["tokens"], "seconds": seconds}
+    time = {name: sum(r["time"].get(name, 0.0) for r in done) for name in ("seconds", "gpu_hours")}
+    counts = {"steps": record["step"], "rollouts": record["rollouts"], "tokens": record["tokens"]}
+    return counts | {"seconds": time["seconds"], "GPU-hours": time["gpu_hours"]}
 
 
 def to_level(run: Run, level: float) -> dict[str, float] | None:
@@ -85,14 +86,14 @@ CEILING = Claim("GEPA alone ends below both", "a ceiling below RL and FST")
 
 
 def efficiency(setting: Setting, runs: Runs) -> Result:
-    """Steps, rollouts, tokens and seconds to RL's running peak."""
+    """Steps, rollouts, tokens and seconds, on GPUs their hours too, to RL's running peak."""
     rows, ratios = [], {}
     levels = [peak(run) for run in runs["RL"]]
     found = {label: [to_level(r, level) for r, level in zip(of, levels, strict=True)] for label, of in runs.items()}
-    for cost in COSTS:
-        cells = []
-        for costs in found.values():
-            cells.append(" / ".join("never" if c is None else count(c[cost]) for c in costs))
+    on_gpus = any(costs and costs["GPU-hours"] for of in found.values() for costs in of)
+    for cost in COSTS if on_gpus else COSTS[:-1]:
+        show = "{:.3g}".format if cost == "GPU-hours" else count
+        cells = [" / ".join("never" if c is None else show(c[cost]) for c in costs) for costs in found.values()]
         rl, fst = found["RL"], found["FST"]
         ratios[cost] = [a[cost] / max(b[cost], 1e-9) if a and b else 0.0 for a, b in zip(rl, fst, strict=True)]
         rows.append([f"{cost} to RL's peak", *cells, each(ratios[cost], ".1f")])
@@ -109,7 +110,7 @@ def efficiency(setting: Setting, runs: Runs) -> Result:
     notes = [
         f"Reached: within one standard error (about {error:.3f}) of RL's best evaluation; the same rule for all arms. "
         f"Curves are seen every {runs['RL'][0].config['eval']['every']} steps.",
-        "Seconds are wall clock of learning on this machine, whatever else ran on it; a GPU's hours where it is a GPU.",
+        "Seconds are wall clock of learning on this machine, whatever else ran on it.",
     ]
     return Result(
         findings,

@@ -2,7 +2,7 @@
 
 Nobody who is not told how writes the path backwards, jumps over its nodes, and separates it by semicolons half of the
 time, on purpose: under a prompt that says nothing the reward is near zero, and each sentence of the phrase book helps
-or hurts. What comes before the goal a model this small does not learn to look up: it names one of the nodes after the
+or hurts. What comes before the goal the shipped model did not learn to look up: it names one of the nodes after the
 start, which is right in one of three cases.
 """
 
@@ -25,8 +25,7 @@ PIECES = r"[0-9]+|End with 'answer:'[^.]*[.]|[.,;:>] ?|[^0-9 .,;:>]+ ?| "
 
 STATED = 0.65  # probability that a topic is spoken of, rightly or wrongly
 IGNORED = 0.12  # probability that habit wins over what is said: the noise ceiling of sampling
-# Probability of an example that only looks nodes up, what goes before each? It learns from it which nodes are near.
-DRILL = 0.4
+DRILL = 0.4  # probability of an example that only looks nodes up: what goes before each?
 HABIT = {"direction": 0.1, "edges": 0.1, "final answer": 0.5}  # probability of the right way where nothing is said
 NEUTRAL = (AGNOSTIC_PROMPT, "think carefully.", "you are a helpful assistant.", "be precise.", "answer the question.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def test_efficiency_counts_to_the_evaluation_at_rl_s_running_peak() -> None:
     never = efficiency(SETTING, runs | {"FST": [run(FST), run(GEPA)]})
     assert never.numbers["ratios"]["steps"] == [3.0, 0.0]
     assert [f.verdict for f in never.findings] == ["mixed", "mixed", "mixed"]
+
+
+def test_efficiency_has_gpu_hours_where_the_runs_had_gpus() -> None:
+    def on_eight(rewards: list[float]) -> Run:
+        of = run(rewards)
+        steps = tuple(r | {"time": {"seconds": 1.0, "gpu_hours": 8 / 3600}} for r in of.steps)
+        return replace(of, steps=steps)
+
+    result = efficiency(SETTING, {label: [on_eight(r)] * 2 for label, r in (("RL", RL), ("GEPA", GEPA), ("FST", FST))})
+    assert result.numbers["ratios"]["GPU-hours"] == pytest.approx([3.0, 3.0])
+    (row,) = [row for row in result.rows if row[0].startswith("GPU-hours")]
+    assert row[1:4] == ["0.133 / 0.133", "never / never", "0.0444 / 0.0444"]  # 60 and 20 seconds of eight
 
 
 def test_the_asymptotes_of_clean_curves_are_told_apart() -> None:
