@@ -93,7 +93,7 @@ engine() {
 }
 
 step() {
-  local options=(--attention flex)
+  local options=(--attention flex "sorted sums")
   [ -z "$quick" ] || options=(--prompt 100 --problem 20 --responses 50 --rounds 1)
   "$python" benchmarks/train_step.py "${options[@]}" --json "$out/step.json"
 }

@@ -175,7 +175,18 @@ def flex() -> Iterator[None]:
         yield
 
 
-ATTENTION = {"flex": flex}  # on a GPU, besides the trainer's
+@contextlib.contextmanager
+def sorted_sums() -> Iterator[None]:
+    """Gradients of copied keys added as an embedding's are, by sorting: no atomics, and the same bits in every run."""
+
+    def add(total: torch.Tensor, at: torch.Tensor, parts: torch.Tensor) -> None:
+        total += torch.ops.aten.embedding_dense_backward(parts.flatten(1), at, len(total), -1, False).view_as(total)
+
+    with patch.object(tree_attention, "_add", add):
+        yield
+
+
+ATTENTION = {"flex": flex, "sorted sums": sorted_sums}  # on a GPU, besides the trainer's
 
 
 def make_groups(model: Model, args: argparse.Namespace, length: int) -> list[Group]:

@@ -171,9 +171,14 @@ class _PathAttention(torch.autograd.Function):
                 grad[p.rows].contiguous(), q[p.rows], k[p.keys], v[p.keys], out[p.rows], lse, *p[2:], 0.0, True,
                 random, random[:0], scale=ctx.scale,
             )  # fmt: skip
-            dk.index_add_(0, p.keys, part_k.to(dk.dtype))
-            dv.index_add_(0, p.keys, part_v.to(dv.dtype))
+            _add(dk, p.keys, part_k)
+            _add(dv, p.keys, part_v)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _add(total: torch.Tensor, at: torch.Tensor, parts: torch.Tensor) -> None:
+    """Gradients of copied keys [K, ...] to those of the keys [N, ...], `at` which they were."""
+    total.index_add_(0, at, parts.to(total.dtype))
 
 
 class _TreeAttention(torch.autograd.Function):
