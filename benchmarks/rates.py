@@ -23,7 +23,7 @@ from fst_fast.rates import MEASURED, TABLE, Hardware, kind_of, read_table
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.engine import Request
 from fst_fast.rollout.torch_engine import TorchEngine
-from fst_fast.shape import BUILT_IN, Shape, shape_of
+from fst_fast.shape import BUILT_IN, Work, shape_of
 from fst_kernels import linear_policy_loss
 
 GPU = DEVICE == "cuda"
@@ -62,12 +62,14 @@ def measured(hardware: Hardware) -> Iterator[tuple[str, float]]:
         yield "link_gbs", _copied(torch.empty(2**30, dtype=torch.uint8, device="cuda:0"), "cuda:1") / 1e9
     model = random_model()
     shape = shape_of(model.config, sum(p.numel() for p in model.lm.parameters()), "qwen3-8b, some layers")
-    flops = shape.forward_flops([(PROMPT, RESPONSE)] * SEQUENCES)
+    rows = [(0, PROMPT + RESPONSE)] * SEQUENCES
+    flops = shape.forward_flops(Work.over(rows, SEQUENCES * RESPONSE))
     yield "train_mfu", 3 * flops / _best(lambda: learn(model)) / hardware.peak
     model.lm.zero_grad(set_to_none=True)
     with torch.inference_mode():
         ids = _ids(model, SEQUENCES, PROMPT + RESPONSE)
-        yield "prefill_mfu", _prefill_flops(shape) / _best(lambda: model.hidden(ids, use_cache=False)) / hardware.peak
+        flops = shape.forward_flops(Work.over(rows, 0))
+        yield "prefill_mfu", flops / _best(lambda: model.hidden(ids, use_cache=False)) / hardware.peak
     whole = decode(model)
     model.lm.model.layers, model.lm.config.num_hidden_layers = model.lm.model.layers[:FEW], FEW
     yield "torch_layer_us", 1e6 * (whole - decode(model)) / (LAYERS - FEW)
@@ -111,11 +113,6 @@ def decode(model: Model) -> float:
         return work
 
     return (_best(run(STEPS)) - _best(run(STEPS // 2))) / (STEPS - STEPS // 2)
-
-
-def _prefill_flops(shape: Shape) -> float:
-    tokens = PROMPT + RESPONSE
-    return SEQUENCES * (2.0 * shape.body * tokens + 2.0 * shape.layers * shape.width * tokens**2)
 
 
 def _ids(model: Model, rows: int, tokens: int) -> torch.Tensor:

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from measure import DEVICE, interleaved, medians, peak_bytes_of, save, setting
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -27,11 +26,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from fst_fast.config import SlowConfig
 from fst_fast.model import Model, fuse_layers
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
+from fst_fast.shape import Work, shape_of
 from fst_fast.slow import tree_attention
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
-from fst_fast.slow.packing import pack, packed_batches
-from fst_fast.slow.policy import Policy, micro_batches
+from fst_fast.slow.packing import packed_batches, packed_work
+from fst_fast.slow.policy import Policy, micro_batches, padded_work
 
 # hidden, layers, heads, KV heads, head dim, intermediate, vocabulary: tiny is the one of rollouts.md, its vocabulary as
 # small against its layers as Qwen3-8B's; the others are those of their config.json
@@ -81,6 +81,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
     """All ways on the same rollouts and the same weights."""
     model = random_model(args.shape, 0, args.plain_layers)
+    shape = shape_of(model.config, sum(p.numel() for p in model.lm.parameters()), args.shape)
     base = random_model(args.shape, 1, args.plain_layers) if args.kl else model
     groups = make_groups(model, args, length)
     rollouts = [r for g in groups for r in g.rollouts]
@@ -102,21 +103,20 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
     for name, middle in middles["seconds"].items():
         if name == "padded":
             batches = list(micro_batches(rollouts, args.micro_tokens))
-            run, positions = sum(len(b) * max(rows[i] for i in b) for b in batches), [range(n) for n in rows]
+            work = padded_work(rollouts)
+            run = sum(len(b) * max(rows[i] for i in b) for b in batches)
         else:
             batches = list(packed_batches(rollouts, args.micro_tokens))
-            tries = [[rollouts[i].prompt_ids + rollouts[i].response_ids[:-1] for i in b] for b in batches]
-            positions = [pack(x).positions for x in tries]
-            run = sum(map(len, positions))
+            work = sum((packed_work([rollouts[i] for i in b]) for b in batches), Work())
+            run = work.tokens
         peak = peak_bytes_of(calls[name])
         policy.seen = []
         calls[name]()
         gradients[name], policy.seen = policy.seen, None
         apart = distance(gradients[name], gradients["padded"])
         tokens = run if name == "padded" else found["padded"]["tokens"]
-        responses = sum(len(r.response_ids) for r in rollouts)
-        work = flops(model, np.concatenate(positions), responses) * (4 if args.kl else 3)  # backward is two forward
-        mfu = work / middle / args.peak_tflops / 1e12 if DEVICE == "cuda" else None
+        flops = shape.forward_flops(work) * (4 if args.kl else 3)  # backward is two forward
+        mfu = flops / middle / args.peak_tflops / 1e12 if DEVICE == "cuda" else None
         found[name] = {
             **{k: x[name] for k, x in times.items()}, "tokens": run, "live": sum(rows) / run, "batches": len(batches),
             "peak_bytes": peak, "mfu": mfu, "gradients_apart": apart,
@@ -235,16 +235,6 @@ def random_model(shape: str, seed: int, plain_layers: bool = False) -> Model:
         fuse_layers(lm)
     tokenizer = SimpleNamespace(eos_token_id=0, apply_chat_template=lambda: None)
     return Model(lm.eval(), tokenizer, shape)
-
-
-def flops(model: Model, positions: np.ndarray, responses: int) -> float:
-    """Of a forward pass over tokens at `positions`: 2 a weight and token, the head's for response tokens only, and in
-    attention 4 a dimension for every key that a token sees."""
-    config, head = model.config, model.head.weight
-    body = sum(p.numel() for p in model.lm.base_model.parameters()) - head.numel()  # without the embedding
-    seen = float(np.sum(positions + 1.0))
-    attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
-    return 2.0 * body * len(positions) + 2.0 * head.numel() * responses + attention
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from fst_fast.prefix_tree import Ragged, trie
 from fst_fast.ranks import Ranks
 from fst_fast.records import Rollout
-from fst_fast.shape import Shape
+from fst_fast.shape import Shape, Work
 
 INTERVAL = 0.5  # seconds between two readings of the GPU
 
@@ -68,24 +69,24 @@ class Meter:
 
 
 def mfu(
-    shape: Shape,
-    peak: float,
-    trained: Iterable[Rollout],
-    fresh: Iterable[Rollout],
-    spent: Mapping[str, float],
-    *,
-    kl: bool,
+    shape: Shape, peak: float, learned: Work, sampled: Work, spent: Mapping[str, float], *, kl: bool
 ) -> dict[str, float]:
     """Model FLOPs utilisation of learning alone and of the whole step, by the seconds `spent` (shape.py counts).
 
-    `peak` in FLOP/s. Learning: three forward passes' worth of the policy over what was trained on, with `kl` one of the
-    base. The whole step: also one over the fresh rollouts. Recomputation and the reuse gate are no model FLOPs.
+    `peak` in FLOP/s. Learning: three forward passes' worth of the policy over what was `learned` from, with `kl` one of
+    the base. The whole step: also one over what was `sampled`. A prefix that a pass shares counts once; padding,
+    recomputation and the reuse gate count nothing.
     """
-    learned, sampled = (
-        shape.forward_flops((len(r.prompt_ids), len(r.response_ids)) for r in rollouts) for rollouts in (trained, fresh)
-    )
-    learned *= 4 if kl else 3
-    return {"mfu": learned / spent["learn"] / peak, "step_mfu": (learned + sampled) / spent["seconds"] / peak}
+    learning, sampling = (4 if kl else 3) * shape.forward_flops(learned), shape.forward_flops(sampled)
+    return {"mfu": learning / spent["learn"] / peak, "step_mfu": (learning + sampling) / spent["seconds"] / peak}
+
+
+def sampling_work(rollouts: Sequence[Rollout]) -> Work:
+    """What the prompts of `rollouts` share, computed once, and every response by itself."""
+    prompts = trie(Ragged.of([r.prompt_ids for r in rollouts]))
+    stretches = [*zip(prompts.start.tolist(), prompts.end.tolist(), strict=True)]
+    stretches += [(len(r.prompt_ids), len(r.prompt_ids) + len(r.response_ids)) for r in rollouts]
+    return Work.over(stretches, sum(len(r.response_ids) for r in rollouts))
 
 
 def together(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What hardware can do: rates.json, every number with its source, and the roofline that turns rates into seconds.
 
-A rate is replaced by a measured one with `python benchmarks/rates.py RESULT.json`.
+A rate is replaced by a measured one with `python benchmarks/rates.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fst_fast.shape import Shape
+from fst_fast.shape import Shape, Work
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,11 @@ class Lengths:
     response: float
     longest: int
 
+    @property
+    def work(self) -> Work:
+        """Of one forward pass over a rollout, alone."""
+        return Work.over([(0, round(self.context) + round(self.response))], round(self.response))
+
 
 @dataclass(frozen=True)
 class Roofline:
@@ -119,13 +124,13 @@ class Roofline:
 
     def forward(self, count: float) -> float:
         """Of one pass without gradient."""
-        flops = count * self.shape.forward_flops([(round(self.lengths.context), round(self.lengths.response))])
+        flops = count * self.shape.forward_flops(self.lengths.work)
         return flops / (self.gpus * self.hardware.peak * self.hardware["prefill_mfu"])
 
     def learn(self, count: float, updates: int) -> float:
         """Forward and backward passes over the rollouts that carry a gradient, the base's for the KL, the updates."""
         n, (under_prompt, on_problem) = self.lengths, self.sharing
-        forward = count * self.shape.forward_flops([(round(n.context), round(n.response))])
+        forward = count * self.shape.forward_flops(n.work)
         spared = (n.context - n.own) * (1 - 1 / under_prompt) + n.own * (1 - 1 / on_problem)
         forward -= count * 2.0 * self.shape.body * spared  # attention's few FLOPs over them are not
         passes = 3 + self.recompute + self.kl

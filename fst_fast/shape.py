@@ -30,6 +30,27 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a forward pass has to compute."""
+
+    tokens: int = 0
+    pairs: int = 0  # of a token and one that it sees: itself or one before it
+    responses: int = 0  # tokens that the head predicts
+
+    @staticmethod
+    def over(stretches: Iterable[tuple[int, int]], responses: int) -> Work:
+        """Stretches [start, end) of sequences, whose tokens see all before them."""
+        tokens = twice = 0
+        for start, end in stretches:
+            tokens += end - start
+            twice += end * (end + 1) - start * (start + 1)
+        return Work(tokens, twice // 2, responses)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.responses + other.responses)
+
+
+@dataclass(frozen=True)
 class Shape:
     """A dense decoder. `width` and `kv_width` are heads × head dim of queries and of keys (values alike)."""
 
@@ -59,17 +80,11 @@ class Shape:
         """Numbers in the KV cache per token."""
         return 2 * self.layers * self.kv_width
 
-    def forward_flops(self, sequences: Iterable[tuple[int, int]]) -> float:
-        """Of one forward pass over sequences of (prompt, response) tokens, the head at the response's places only.
-
-        2 FLOPs a parameter and token, and 2 · layers · width · T² for causal scores and their sum over values. A window
-        and shared prefixes do not lower it: it counts the model's work, not the way it is done.
-        """
-        total = 0.0
-        for prompt, response in sequences:
-            tokens = prompt + response
-            total += 2.0 * self.body * tokens + 2.0 * self.layers * self.width * tokens**2 + 2.0 * self.head * response
-        return total
+    def forward_flops(self, work: Work) -> float:
+        """Of one forward pass: 2 a parameter and token, the head's for responses alone, and 4 · layers · width for the
+        score of a pair and its part of the sum over values. A window does not lower it."""
+        body, attention, head = self.body * work.tokens, 2 * self.layers * self.width * work.pairs, self.head
+        return 2.0 * (body + attention + head * work.responses)
 
 
 def shape_of(config: Any, parameters: int, name: str) -> Shape:

@@ -24,7 +24,7 @@ from fst_fast.fast.lineage import lineage, summary
 from fst_fast.fast.population import Member, distinct
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.files import Appender, write_atomic
-from fst_fast.meter import Meter, mfu
+from fst_fast.meter import Meter, mfu, sampling_work
 from fst_fast.model import Model, load_model
 from fst_fast.ranks import Ranks
 from fst_fast.rates import peak_flops
@@ -312,8 +312,8 @@ class Trainer:
         if self.meter.gpus:
             record["time"]["gpu_tokens_per_second"] = speed / self.meter.gpus
         if self.peak and report.log_ratios:
-            trained, kl = [r for r, _ in report.log_ratios], self.config.slow.kl_coef > 0
-            record["time"] |= mfu(self.shape, self.peak, trained, fresh, record["time"], kl=kl)
+            sampled, kl = sampling_work(fresh), self.config.slow.kl_coef > 0
+            record["time"] |= mfu(self.shape, self.peak, report.work, sampled, record["time"], kl=kl)
         self.telemetry.write(record, prompt=self.state.best.text)
         if rollouts:  # what was learned from wrong ones is not saved
             limit = self.config.rollout.max_mismatch or MISMATCH[self.model.dtype]

@@ -20,8 +20,10 @@ from rich.console import Console
 
 from fst_fast.config import GLYPH, Config
 from fst_fast.errors import UserError
-from fst_fast.meter import Meter, together
+from fst_fast.meter import Meter, mfu, sampling_work, together
 from fst_fast.ranks import Ranks
+from fst_fast.records import Problem, Prompt, Rollout, SamplingParams, Verdict
+from fst_fast.shape import Shape, Work
 from fst_fast.telemetry import Telemetry, count, plain, print_summary, read_run, scalars
 from fst_fast.train import main
 
@@ -428,6 +430,27 @@ def test_totals_are_sums_of_what_adds_up_and_weighted_means_of_rates(tmp_path: P
                    "1.000 kWh; at most 3.0 GiB; a kernel ran 50% of the time",
                    "model FLOPs utilisation: 25.0% of the peak in learning, 17.5% in whole steps"):  # fmt: skip
         assert wanted in shown, wanted
+
+
+def test_flops_utilisation_counts_a_shared_prompt_once() -> None:
+    shape = Shape("", 2, 4, 8, 8, 8, vocab=16, context=99, parameters=364, tied=True)
+    prompt, other = tuple(range(5, 15)), (5, 6, 7, 40)
+    sampled = sampling_work([rollout(prompt, (1, 2)), rollout(prompt, (1, 2)), rollout(other, (1,))])
+    assert sampled == Work(10 + 1 + 2 + 2 + 1, 55 + 4 + 2 * (11 + 12) + 5, 5)
+    learned = Work(100, 1000, 10)
+    found = mfu(shape, 1e6, learned, sampled, {"learn": 2.0, "seconds": 8.0}, kl=True)
+    learning = 4 * (2 * 300 * 100 + 4 * 2 * 8 * 1000 + 2 * 64 * 10)
+    sampling = 2 * 300 * 16 + 4 * 2 * 8 * 110 + 2 * 64 * 5
+    assert found == pytest.approx({"mfu": learning / 2e6, "step_mfu": (learning + sampling) / 8e6})
+    assert mfu(shape, 1e6, learned, sampled, {"learn": 2.0, "seconds": 8.0}, kl=False)["mfu"] == 0.75 * found["mfu"]
+
+
+def rollout(prompt: tuple[int, ...], response: tuple[int, ...]) -> Rollout:
+    sampling, verdict = SamplingParams(1.0), Verdict(0.0, "")
+    n = len(response)
+    return Rollout(
+        Prompt(""), Problem("", {}), 0, "rl", prompt, response, (0.0,) * n, ((0, n),), sampling, "stop", "", "", verdict
+    )
 
 
 def test_a_real_run_accounts_for_its_time_and_with_a_peak_for_its_flops(tmp_path: Path) -> None:

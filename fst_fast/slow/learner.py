@@ -13,12 +13,14 @@ from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.ranks import Ranks
 from fst_fast.records import Group, Rollout
+from fst_fast.shape import Work
 from fst_fast.slow.advantage import advantages, has_signal
-from fst_fast.slow.packing import packed_batches, packed_hidden, packed_tokens, prepare
+from fst_fast.slow.packing import packed_batches, packed_hidden, packed_tokens, packed_work, prepare
 from fst_fast.slow.policy import (
     Policy,
     micro_batches,
     padded_tokens,
+    padded_work,
     response_hidden,
     response_targets,
     shared_batches,
@@ -40,6 +42,8 @@ class StepReport:
     at_start: list[tuple[Rollout, torch.Tensor]] = field(default_factory=list)
     """The same by the weights that the step began with: of the first minibatch, or of a few rollouts where the training
     pass tells nothing."""
+    work: Work = field(default_factory=Work)
+    """Of one forward pass over what was trained on, by all ranks. Empty for distillation."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Learner:
         self.policy, self.base, self.config, self.ranks = policy, base, config, ranks or Ranks()
         self._packs = config.pack != "off" and self._can_pack()
         self._hidden: Hidden = packed_hidden if self._packs else response_hidden
+        self._work_of = packed_work if self._packs else padded_work
 
     def _can_pack(self) -> bool:
         """Raises UserError when packing was asked for and one of the models cannot."""
@@ -95,6 +100,7 @@ class Learner:
             denominators.append(len(part) if by_problem else sum(len(r.response_ids) for g in part for r in g.rollouts))
         start = self.policy.updates
         self._seen: list[tuple[int, Rollout, torch.Tensor]] = []
+        self._work = Work()
         metrics = self._train(minibatches, denominators, self._policy_loss)
         seen = self.ranks.join(self._seen)
         return StepReport(
@@ -104,6 +110,7 @@ class Learner:
             [(r, log) for _, r, log in seen],
             # nothing trained on: the weights are those from before
             [(r, log) for at, r, log in seen if at == start] or self._few([r for g in groups for r in g.rollouts]),
+            sum(self.ranks.join([self._work]), Work()),
         )
 
     @torch.no_grad()
@@ -233,6 +240,7 @@ class Learner:
         assert out.logprobs is not None
         if micro[0].weight:  # not an idle rank's
             self._seen += [(self.policy.updates, r, log) for r, log in by_rollout(rollouts, out.logprobs)]
+            self._work += self._work_of(rollouts)
         return out.loss, {ours: float(out.metrics[theirs]) for ours, theirs in names.items() if theirs in out.metrics}
 
     def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:

@@ -11,6 +11,7 @@ from fst_fast.config import SlowConfig
 from fst_fast.model import Model, whole
 from fst_fast.ranks import Ranks
 from fst_fast.records import Rollout
+from fst_fast.shape import Work
 
 
 class Policy:
@@ -138,6 +139,12 @@ def micro_batches(
         batch.append(i)
     if batch:
         yield batch
+
+
+def padded_work(rollouts: Sequence[Rollout]) -> Work:
+    """Of a forward pass over the rollouts as rows, padding apart."""
+    ends = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
+    return Work.over([(0, end) for end in ends], sum(len(r.response_ids) for r in rollouts))
 
 
 def padded_tokens(rollouts: Sequence[Rollout]) -> int:

@@ -17,10 +17,11 @@ from fst_fast.config import SlowConfig
 from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
+from fst_fast.shape import Work
 from fst_fast.slow import tree_attention as tree
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
-from fst_fast.slow.packing import pack, packed_batches, packed_hidden, prepare
+from fst_fast.slow.packing import MIN_SAVING, pack, packed_batches, packed_hidden, prepare
 from fst_fast.slow.policy import response_hidden
 from tests.models import tiny
 from tests.slow.test_learner import Recorder
@@ -179,7 +180,7 @@ def test_policy_and_base_compute_each_shared_prefix_once(models: tuple[Model, Mo
         for m in models
     ]
     groups = groups_of(models[0])
-    learner.step(groups, random.Random(0))
+    work = learner.step(groups, random.Random(0)).work
     for hook in hooks:
         hook.remove()
     rollouts = [r for g in groups for r in g.rollouts]
@@ -192,6 +193,29 @@ def test_policy_and_base_compute_each_shared_prefix_once(models: tuple[Model, Mo
         < 1.1 * once
         < 0.6 * sum(len(r.prompt_ids + r.response_ids) for r in rollouts)
     )
+    _, mask = seen_by([r.prompt_ids + r.response_ids[:-1] for r in rollouts], MIN_SAVING)
+    assert work == Work(computed[0], int(mask.sum()), sum(len(r.response_ids) for r in rollouts))
+
+
+@pytest.mark.parametrize("pack_", ["off", "on"])
+def test_the_work_told_is_that_of_all_passes_without_padding(models: tuple[Model, Model], pack_: Any) -> None:
+    computed: list[int] = []
+    config = SlowConfig(kl_coef=0.0, pack=pack_, micro_tokens=350)
+    learner = Learner(Recorder(models[0], config), models[1], config)
+    hook = models[0].lm.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    groups = groups_of(models[0])
+    work = learner.step(groups, random.Random(0)).work
+    hook.remove()
+    rows = [len(r.prompt_ids + r.response_ids) - 1 for g in groups for r in g.rollouts]
+    assert len(computed) > 1
+    if pack_ == "on":
+        assert work.tokens == sum(computed) < sum(rows)
+        assert work.pairs < sum(n * (n + 1) // 2 for n in rows)
+    else:
+        assert work.tokens == sum(rows) < sum(computed)
+        assert work.pairs == sum(n * (n + 1) // 2 for n in rows)
 
 
 @pytest.mark.parametrize(("family", "why"), [("mistral", "window of 8 tokens"), ("gemma2", "window of 8 tokens")])
