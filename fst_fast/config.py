@@ -89,8 +89,9 @@ class FastConfig:
     """Score prompts on a quarter, on half, on all of these problems; those that fall behind drop out on the way."""
     filler: bool = False
     """Mode fst: a GEPA cycle runs beside the T steps before it, one call a step, in the room that the steps' responses
-    leave, and its prompts are found with weights up to T steps old. Only the first cycle of a stage is waited for. For
-    GPUs and long responses, where each of a cycle's calls takes as long as its longest response."""
+    leave, and an endpoint edits meanwhile; its prompts are found with weights up to T steps old. Only the first cycle
+    of a stage is waited for. For GPUs and long responses, where each of a cycle's calls takes as long as its longest
+    response."""
     reuse: bool = True
     """Mode fst: rollouts that scored the population fill part of the same problems' groups."""
     reuse_cap: Annotated[float, Field(ge=0, le=1)] = 0.5

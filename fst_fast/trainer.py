@@ -241,7 +241,7 @@ class Trainer:
         ending = self.evolving
         if ending is None or ending.step > self.state.step:
             return
-        while ending.asked:
+        while ending.asked or ending.cycle.reflecting:
             self._advance(ending)
         self.evolving, evolution = None, ending.cycle.evolution
         self.store.forget(before=ending.first)
@@ -399,7 +399,8 @@ class Trainer:
 
     def _fill(self) -> None:
         """With `fast.filler`: begin the next cycle beside this step, or take it one call further when all ranks have
-        the rollouts it waits for. Checkpoints know nothing of a cycle under way: it begins after the last one."""
+        the rollouts it waits for; a reflector that works elsewhere is given a step's time. Checkpoints know nothing of
+        a cycle under way: it begins after the last one."""
         every, here = self.config.fast.every, self.state.step - self.stage.start
         if not (self.config.fast.filler and self.config.mode == "fst"):
             return
@@ -408,8 +409,10 @@ class Trainer:
             saves = any(self.due(self.config.checkpoint_every, after=n) for n in range(1, left))
             if self.state.step + left < self.stage.end and not saves:
                 self._begin_cycle(self.state.step + left, self.config.fast.proposals)
-        elif self.evolving.asked and all(self.ranks.join([self.collector.ready(self.evolving.asked)])):
-            self._advance(self.evolving)
+        elif self.evolving.cycle.reflecting or (
+            self.evolving.asked and all(self.ranks.join([self.collector.ready(self.evolving.asked)]))
+        ):
+            self._advance(self.evolving, beside=True)
 
     def _begin_cycle(self, step: int, proposals: int) -> None:
         """A GEPA cycle before `step`, on the problems of the T batches from there on, with its first call asked."""
@@ -439,13 +442,15 @@ class Trainer:
         if self.evolving:
             self.evolving.cycle.close()
 
-    def _advance(self, evolving: Evolving) -> None:
-        """Give a cycle the rollouts it waits for, and ask for the next."""
-        assert evolving.asked
+    def _advance(self, evolving: Evolving, *, beside: bool = False) -> None:
+        """Give a cycle the rollouts or the edits it waits for, and ask for the next. `beside`: edits may come later."""
         with self.meter.phase("reflect"):
-            with self.meter.phase("scoring" if evolving.asked.scoring else "minibatch"):
-                rollouts = self.collector.finish(evolving.asked)
-            evolving.cycle.give(rollouts)
+            if evolving.asked:
+                with self.meter.phase("scoring" if evolving.asked.scoring else "minibatch"):
+                    rollouts = self.collector.finish(evolving.asked)
+                evolving.cycle.give(rollouts, beside=beside)
+            else:
+                evolving.cycle.listen()
             self._ask_gepa(evolving)
 
     def _lookahead(self, step: int) -> list[Problem]:

@@ -7,12 +7,16 @@ import shutil
 import subprocess
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fst_fast.fast import endpoint
 from fst_fast.train import main
+from fst_fast.trainer import Trainer
 from tests.fast.test_endpoint import Endpoint, Handler
 
 INJECTED = (
@@ -42,29 +46,40 @@ class InTurn(Handler):
         ANSWERS[name](self)
 
 
+@contextmanager
+def serving(handler: type[Handler], patch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    """An endpoint that answers as `handler` does, with a key for it."""
+    patch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
+    patch.setenv("NO_PROXY", "127.0.0.1")
+    patch.setattr(endpoint, "_BACK_OFF", 0.5)
+    with Endpoint() as server:
+        server.RequestHandlerClass = handler
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.closing.set()
+        server.shutdown()
+        thread.join()
+
+
+def flags(server: Endpoint, run_dir: Path, **more: object) -> list[str]:
+    flags = {
+        "reflector": "openai", "reflector.base-url": f"http://127.0.0.1:{server.server_address[1]}/v1",
+        "reflector.timeout": 1.0, "reflector.retries": 0, "reflector.price-out": 50.0,
+        "stream": "glyph:A@4", "run-dir": run_dir, "rollout.problems": 4, "rollout.group-size": 4,
+        "fast.every": 2, "fast.minibatch": 4, "fast.scoring-problems": 8, "fast.first-proposals": 12,
+        "fast.proposals": 6, "fast.parallel": 6, "fast.newly-solved": 1, "eval.every": 2, "eval.problems": 8,
+        "eval.samples": 1, "tensorboard": False, "progress": False,
+    }  # fmt: skip
+    return [word for name, value in (flags | more).items() for word in (f"--{name}", str(value))]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counter[str]]:
     """The directory of a finished run, and how often the server gave each kind of answer."""
     run_dir = tmp_path_factory.mktemp("openai") / "run"
-    with pytest.MonkeyPatch.context() as patch, Endpoint() as server:
-        patch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        patch.setattr(endpoint, "_BACK_OFF", 0.5)
-        server.RequestHandlerClass = InTurn
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        flags = {
-            "reflector": "openai", "reflector.base-url": f"http://127.0.0.1:{server.server_address[1]}/v1",
-            "reflector.timeout": 1.0, "reflector.retries": 0, "reflector.price-out": 50.0,
-            "stream": "glyph:A@4", "run-dir": run_dir, "rollout.problems": 4, "rollout.group-size": 4,
-            "fast.every": 2, "fast.minibatch": 4, "fast.scoring-problems": 8, "fast.first-proposals": 12,
-            "fast.proposals": 6, "fast.parallel": 6, "fast.newly-solved": 1, "eval.every": 2, "eval.problems": 8,
-            "eval.samples": 1, "tensorboard": False, "progress": False,
-        }  # fmt: skip
-        main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
-        server.closing.set()
-        server.shutdown()
-        thread.join()
+    with pytest.MonkeyPatch.context() as patch, serving(InTurn, patch) as server:
+        main(flags(server, run_dir))
         return run_dir, server.tries
 
 
@@ -108,3 +123,39 @@ def test_the_report_shows_hostile_text_and_a_browser_runs_none_of_it(
     assert "data-pwned" not in document.partition("<body")[0]
     assert "&lt;script&gt;document.documentElement" in document
     assert "<script" not in document
+
+
+def test_with_filler_the_endpoint_has_a_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers only after the loop has learned from a step meanwhile, and gives up where the loop waits for it."""
+    learned, asked, beside = threading.Condition(), [0], []
+
+    class AfterAStep(Handler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with learned:
+                before = asked[0]
+                if before:  # the first cycle comes before all steps
+                    beside.append(learned.wait_for(lambda: asked[0] > before, timeout=20))
+            self.say(f"name the case\n````\nuse upper case {len(beside)}\n````")
+
+    real = Trainer._learn_from
+
+    def learn_from(self: Trainer, rollouts: Any) -> Any:
+        report = real(self, rollouts)
+        with learned:
+            asked[0] += 1
+            learned.notify_all()
+        return report
+
+    monkeypatch.setattr(Trainer, "_learn_from", learn_from)
+    with serving(AfterAStep, monkeypatch) as server:
+        more = {"fast.filler": True, "fast.every": 6, "stream": "glyph:A@12", "fast.race": False, "eval.every": 12}
+        main(flags(server, tmp_path / "run", **more, **{"reflector.timeout": 30.0, "checkpoint-every": 12}))
+    assert beside
+    assert all(beside)
+    evolved = [r for r in lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evolve"]
+    assert [r["step"] for r in evolved] == [0, 6]
+    reflection = evolved[1]["reflection"]
+    assert isinstance(reflection, dict)
+    assert reflection["calls"] == len(beside) == 6
+    assert not reflection["failures"]

@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from fst_fast.fast.evolve import Evolution, evolve
 from fst_fast.fast.population import Member
-from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage, Reflector
+from fst_fast.fast.reflection import AbsentReflector, Reflection, ReflectionRequest, ReflectionUsage, Reflector
 from fst_fast.records import Problem, Prompt, Rollout
 
 R = TypeVar("R")
@@ -29,7 +29,8 @@ class Cycle:
     `wanted` is the call it waits for, number `calls`, from 1; `give` takes its rollouts. When it waits for none,
     `evolution` is what it found.
 
-    The reflector is asked within `give`, by its caller: no rollout and no collective runs in a thread of its own.
+    The reflector is asked within `give`, by its caller: no rollout and no collective runs in a thread of its own. One
+    that works elsewhere can be left to it (`beside`): then the cycle is `reflecting`, until `listen` has its answers.
     """
 
     def __init__(self, pool: Sequence[Member], *, reflector: Reflector, **kwargs: Any):
@@ -38,28 +39,45 @@ class Cycle:
             return evolve(pool, evaluate=lambda *call: ask(Wanted(*call)), reflector=relay, **kwargs)
 
         self._reflector, self.calls = reflector, 0
+        self._answers: Callable[[], list[Reflection]] | None = None
         self._aside = Aside(work)
         self._reflect()
 
     @property
     def wanted(self) -> Wanted | None:
-        return self._aside.question
+        question = self._aside.question
+        return question if isinstance(question, Wanted) else None
+
+    @property
+    def reflecting(self) -> bool:
+        return self._answers is not None
 
     @property
     def evolution(self) -> Evolution:
         return self._aside.result
 
-    def give(self, rollouts: list[Rollout]) -> None:
+    def give(self, rollouts: list[Rollout], *, beside: bool = False) -> None:
         self._aside.answer(rollouts)
+        self._reflect(beside=beside)
+
+    def listen(self) -> None:
+        """Wait for the reflector, and go on."""
+        assert self._answers
+        answers, self._answers = self._answers(), None
+        self._aside.answer(answers)
         self._reflect()
 
     def close(self) -> None:
         """Give it up."""
         self._aside.close()
 
-    def _reflect(self) -> None:
+    def _reflect(self, *, beside: bool = False) -> None:
         while isinstance(self._aside.question, _Edits):
-            self._aside.answer(self._reflector.reflect(self._aside.question.requests))
+            requests = self._aside.question.requests
+            if beside and isinstance(self._reflector, AbsentReflector):
+                self._answers = self._reflector.begin(requests)
+                return
+            self._aside.answer(self._reflector.reflect(requests))
         self.calls += 1
 
 

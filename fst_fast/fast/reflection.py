@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fst_fast.records import Prompt, Rollout
 
@@ -51,4 +51,13 @@ class Reflector(Protocol):
 
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
         """One answer per request, in order. An answer that fails is a Reflection without text, never an exception."""
+        ...
+
+
+@runtime_checkable
+class AbsentReflector(Reflector, Protocol):
+    """One that works elsewhere: this machine has better to do than wait for it."""
+
+    def begin(self, requests: Sequence[ReflectionRequest]) -> Callable[[], list[Reflection]]:
+        """Asks, and returns at once: what is returned waits for the answers."""
         ...

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from threading import Thread
+from typing import TypeVar
 
 from fst_fast.config import FastConfig, ReflectorConfig
 from fst_fast.errors import UserError
@@ -13,6 +16,7 @@ from fst_fast.ranks import Ranks
 from fst_fast.records import Answer, Problem
 from fst_fast.tasks.task import Message, Task
 
+R = TypeVar("R")
 Generate = Callable[[Sequence[list[Message]]], list[Answer]]
 """Chats in, the frozen base model's answers out, in order; "" for a chat that leaves no room in the context."""
 
@@ -56,12 +60,35 @@ class OnFirstRank:
         self.name, self.label, self.usage = inner.name, inner.label, inner.usage
 
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
-        def ask() -> tuple[list[Reflection], ReflectionUsage]:
-            self._inner.usage = self.usage
-            return self._inner.reflect(requests), self._inner.usage
+        return self.begin(requests)()
 
-        answers, self.usage = self._ranks.first(ask)
+    def begin(self, requests: Sequence[ReflectionRequest]) -> Callable[[], list[Reflection]]:
+        self._inner.usage = self.usage
+        asked = in_background(lambda: self._inner.reflect(requests)) if self._ranks.main else None
+
+        def result() -> tuple[list[Reflection], ReflectionUsage]:
+            assert asked
+            return asked.result(), self._inner.usage
+
+        def answers() -> list[Reflection]:
+            found, self.usage = self._ranks.first(result)
+            return found
+
         return answers
+
+
+def in_background(work: Callable[[], R]) -> Future[R]:
+    """In a thread that does not outlive the process, as an executor's would."""
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 class PolicyReflector:

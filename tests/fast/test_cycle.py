@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pytest
 
 from fst_fast.fast.cycle import Aside, Cycle, Wanted
 from fst_fast.fast.population import Member
-from fst_fast.fast.reflection import ReflectionUsage
+from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage
 from fst_fast.records import Prompt
 from tests.fast.toys import Evaluations, Scripted, config, cycle, knows, learn_one_word, words
 
@@ -58,6 +58,41 @@ def test_the_reflector_is_asked_in_the_thread_of_the_caller() -> None:
     while taken.wanted:
         taken.give(Evaluations(knows)(*taken.wanted))
     assert set(threads) == {threading.current_thread()}
+
+
+class Elsewhere(Scripted):
+    """A reflector that is asked now and answers when it is listened to."""
+
+    def begin(self, requests: Sequence[ReflectionRequest]) -> Callable[[], list[Reflection]]:
+        return lambda: self.reflect(requests)
+
+
+@pytest.mark.parametrize("race", [False, True])
+def test_a_reflector_elsewhere_is_not_waited_for_where_that_is_allowed(race: bool) -> None:
+    whole, asked = cycle(
+        ["a", "b red"], SCORING, TRAINING, Scripted(learn_one_word), proposals=6, seed=3, parallel=3, race=race
+    )
+    reflector, answers, times = Elsewhere(learn_one_word), Evaluations(knows), 0
+    taken = by_calls(reflector, parallel=3, race=race)
+    while taken.wanted or taken.reflecting:
+        if taken.reflecting:
+            assert taken.wanted is None
+            assert len(reflector.batches) == times  # nothing has been edited yet
+            taken.listen()
+            times += 1
+        else:
+            taken.give(answers(*wanted(taken)), beside=True)
+    assert times == len(reflector.batches) > 1
+    assert (answers.calls, taken.evolution) == (asked.calls, whole)
+    assert taken.calls == len(asked.calls) + 1
+
+
+def test_a_reflector_elsewhere_is_waited_for_unless_told() -> None:
+    taken = by_calls(Elsewhere(learn_one_word))
+    while taken.wanted:
+        taken.give(Evaluations(knows)(*taken.wanted))
+        assert not taken.reflecting
+    assert taken.evolution.reflection == ReflectionUsage(calls=6)
 
 
 def test_what_goes_wrong_inside_is_raised_outside() -> None:
