@@ -88,6 +88,8 @@ class Work:
     reused: float = 0
     cycles: int = 0
     rounds: float = 0  # of proposals made together
+    rounds_beside: float = 0  # of these, edited elsewhere while a step is done
+    asked_ahead: int = 0  # steps whose rollouts start in the tail of those before
     proposals: float = 0
     evaluations: int = 0
     checkpoints: int = 0
@@ -112,6 +114,7 @@ def work_of(config: Config, live: float) -> Work:
                 pool = _cycle(work, config, pool, proposals_of(config, first=not start), stage, start)
         if config.mode != "gepa":
             work.batches.append(Batch("rollout", each, stage.steps))
+            work.asked_ahead += asked_ahead(config, stage.steps)
     if config.mode == "rl-then-gepa":
         last = stages(config.stream)[-1]
         later = -(-last.steps // config.fast.every) - 1
@@ -145,9 +148,11 @@ def _cycle(work: Work, config: Config, pool: float, proposals: int, stage: Stage
     pool_scores = Batch("scoring", first / pauses)
     child_scores = Batch("scoring", (all_of_them - first) / pauses / rounds)
     minibatch = Batch("minibatch", proposals / rounds * fast.minibatch)  # of the parents, and of their children
-    calls = [pool_scores] * pauses + [*[minibatch] * 2, *[child_scores] * pauses] * rounds
-    beside = fast.every if fast.filler and config.mode == "fst" and start else 0  # a call a step
-    work.batches += [replace(call, beside=i < beside) for i, call in enumerate(calls)]
+    elsewhere = [None] if fast.reflector == "openai" else []  # its edits take a step's time, too
+    turns = [pool_scores] * pauses + [minibatch, *elsewhere, minibatch, *[child_scores] * pauses] * rounds
+    beside = fast.every if fast.filler and config.mode == "fst" and start else 0  # a turn a step
+    work.batches += [replace(turn, beside=i < beside) for i, turn in enumerate(turns) if turn]
+    work.rounds_beside += turns[:beside].count(None)
     work.cycles += 1
     work.rounds += rounds
     work.proposals += proposals
@@ -156,6 +161,16 @@ def _cycle(work: Work, config: Config, pool: float, proposals: int, stage: Stage
         work.gated += reused
         work.reused += reused
     return min(float(max(fast.pool, fast.population)), pool + accepted)
+
+
+def asked_ahead(config: Config, steps: int) -> int:
+    """Of a stage's steps, those that rollout.lookahead lets begin before: not over a pause (trainer.py)."""
+    if not config.rollout.lookahead:
+        return 0
+    pauses = [config.checkpoint_every, config.eval.every]
+    if config.mode in ("fst", "fst-distill"):
+        pauses.append(config.fast.every)
+    return sum(all(step % every for every in pauses) for step in range(steps))
 
 
 def scored(newcomers: Sequence[float], problems: int, config: Config) -> float:
@@ -195,8 +210,10 @@ def reflection_tokens(config: Config, options: PlanOptions, lengths: Lengths) ->
 def phases(work: Work, speed: Speed, config: Config) -> dict[str, float]:
     """Seconds of the whole run by the names the trainer's own records have (meter.py)."""
     seconds = dict.fromkeys(("rollout", "scoring", "minibatch", "eval"), 0.0)
-    in_steps = sum(b.rollouts * b.times for b in work.batches if b.phase == "rollout" or b.beside)
-    seconds["rollout"] = work.steps * speed.rollouts(in_steps / work.steps)
+    each = sum(b.rollouts * b.times for b in work.batches if b.phase == "rollout" or b.beside) / work.steps
+    # two steps' rollouts side by side end about together; in the simulator they take as long, to 1 % (paper.json)
+    ahead = min(speed.rollouts(each), speed.rollouts(2 * each) / 2)
+    seconds["rollout"] = (work.steps - work.asked_ahead) * speed.rollouts(each) + work.asked_ahead * ahead
     for b in work.batches:
         if b.phase != "rollout" and not b.beside:
             seconds[b.phase] += b.times * speed.rollouts(b.rollouts)
@@ -207,7 +224,10 @@ def phases(work: Work, speed: Speed, config: Config) -> dict[str, float]:
     seconds["checkpoint"] = work.checkpoints * speed.checkpoint()
     each_round = work.proposals / work.rounds if work.rounds else 0
     if config.fast.reflector != "phrasebook":
-        seconds["reflect"] = work.rounds * speed.reflect(each_round, config.reflector.concurrency)
+        reflect = speed.reflect(each_round, config.reflector.concurrency)
+        step = sum(seconds[phase] for phase in ("rollout", "learn", "sync")) / work.steps
+        left = max(0.0, reflect - step)  # to wait for when the step is done
+        seconds["reflect"] = (work.rounds - work.rounds_beside) * reflect + work.rounds_beside * left
     return {phase: s for phase, s in seconds.items() if s}
 
 
@@ -413,7 +433,7 @@ def report(config: Config, options: PlanOptions, target: Target, speed: Speed, w
         yield f"  {phase:12}{seconds:14,.1f} s {seconds / total:6.0%}"
     yield f"  {'in all':12}{total:14,.1f} s, {total / max(1, work.steps):.3g} s a step with its share of all"
     yield ""
-    yield from _cost(config, options, target, n, work, total)
+    yield from _cost(config, options, target, speed, work, total)
     if not target.here:
         yield ""
         yield f"rates of {hardware.name}, and where they are from"
@@ -422,9 +442,9 @@ def report(config: Config, options: PlanOptions, target: Target, speed: Speed, w
 
 
 def _cost(
-    config: Config, options: PlanOptions, target: Target, n: Lengths, work: Work, seconds: float
+    config: Config, options: PlanOptions, target: Target, speed: Speed, work: Work, seconds: float
 ) -> Iterator[str]:
-    asked, answered = reflection_tokens(config, options, n)
+    asked, answered = reflection_tokens(config, options, speed.lengths)
     dollars = 0.0
     if config.fast.reflector == "openai":
         price_in, price_out = config.reflector.price_in, config.reflector.price_out
@@ -440,10 +460,33 @@ def _cost(
             f"GPU-hours: {options.gpus} GPUs x {seconds:,.0f} s / 3600 = {hours:.1f}; x ${price:g} = "
             f"${hours * price:.2f}, with reflection ${hours * price + dollars:.2f} (NOT measured)"
         )
+        for flags, less in overlapped(config, speed, options.live or 1.0):
+            yield f"  with {flags}: {options.gpus * less / 3600:.1f}"
         yield (
             f"the paper: {PAPER[0]} to {PAPER[1]} GPU-hours a run; this is {hours / PAPER[1]:.2f} to "
             f"{hours / PAPER[0]:.2f} of that, and {hours / GOAL:.2f} of the goal of {GOAL}"
         )
+
+
+def overlapped(config: Config, speed: Speed, live: float) -> Iterator[tuple[str, float]]:
+    """Flags that fill what GPUs leave idle while they wait for the longest response, and a run's seconds with them."""
+    fast, rollout = config.fast, config.rollout
+    if config.mode not in ("rl", "fst"):
+        return
+    if not rollout.lookahead:
+        rollout = replace(rollout, lookahead=1)
+    if config.mode == "fst" and not fast.filler and fast.every > 1:
+        fast = replace(fast, filler=True)
+    for race in {fast.race: None, False: None} if config.mode == "fst" else [fast.race]:
+        changed = replace(config, rollout=rollout, fast=replace(fast, race=race))
+        flags = {
+            "--rollout.lookahead 1": rollout.lookahead != config.rollout.lookahead,
+            "--fast.filler True": fast.filler != config.fast.filler,
+            "--fast.race False": race != config.fast.race,
+        }
+        if any(flags.values()):
+            seconds = sum(phases(work_of(changed, live), speed, changed).values())
+            yield " ".join(flag for flag, new in flags.items() if new), seconds
 
 
 def _this_machine() -> str:

@@ -219,6 +219,39 @@ def test_cycles_that_fill_the_steps_cost_them_what_their_rollouts_do_and_no_wait
     assert other["rollout"] > one["rollout"]
 
 
+def test_steps_asked_ahead_are_those_between_pauses_and_two_at_once_are_faster_than_one_after_the_other() -> None:
+    every = {"eval": replace(GLYPH.eval, every=4), "checkpoint_every": 6, "stream": "glyph:A@12"}
+    waited, ahead = (
+        replace(preset("glyph", "rl"), **every, rollout=replace(GLYPH.rollout, lookahead=n))  # type: ignore[arg-type]
+        for n in (0, 1)
+    )
+    works = [work_of(config, 1.0) for config in (waited, ahead)]
+    assert [w.asked_ahead for w in works] == [0, 8]  # not 0, 4, 6, 8
+    assert plan.asked_ahead(replace(ahead, mode="fst", fast=replace(GLYPH.fast, every=3)), 12) == 6  # nor 3, 9
+    speed = roofline()
+    times = [phases(work, speed, config)["rollout"] for work, config in zip(works, (waited, ahead), strict=True)]
+    assert times == [12 * speed.rollouts(128), 4 * speed.rollouts(128) + 8 * speed.rollouts(256) / 2]
+
+
+def test_streaming_time_is_near_the_simulators_for_its_own_workload() -> None:
+    """The same 64 x 8 rollouts, each step's behind those of the step before: 47.4 s a step (benchmarks/README.md)."""
+    assert roofline().rollouts(1024) / 2 == pytest.approx(47.4, rel=0.1)
+
+
+def test_an_endpoint_that_edits_beside_a_step_is_waited_for_as_long_as_it_takes_longer() -> None:
+    fast = replace(GLYPH.fast, reflector="openai", race=False, filler=True)
+    config = replace(GLYPH, stream="glyph:A@30", fast=fast, reflector=replace(GLYPH.reflector, concurrency=1))
+    work, speed = work_of(config, 0.5), roofline()
+    assert (work.cycles, work.rounds_beside) == (3, 2)
+    spent = phases(work, speed, config)
+    step = (spent["rollout"] + spent["learn"] + spent["sync"]) / 30
+    rounds = work.proposals / work.rounds * speed.hardware["reflect_seconds"]
+    assert 0 < step < rounds
+    assert spent["reflect"] == pytest.approx((work.rounds - 2) * rounds + 2 * (rounds - step))
+    waited = work_of(replace(config, fast=replace(fast, filler=False)), 0.5)
+    assert phases(waited, speed, config)["reflect"] == pytest.approx(work.rounds * rounds)
+
+
 def test_a_race_costs_less_than_scoring_everybody_to_the_end() -> None:
     everybody = replace(GLYPH, fast=replace(GLYPH.fast, race=False))
     assert plan.scored([10], 24, everybody) == 240
@@ -274,6 +307,22 @@ def test_the_plan_says_what_is_not_measured_and_shows_its_arithmetic(capsys: pyt
     rates = lines[next(i for i, line in enumerate(lines) if line.startswith("rates of h100")) + 1 :]
     assert all("measured" in line or "data sheet" in line for line in rates if line)
     assert "200 steps" in shown
+
+
+def test_the_plan_says_what_overlap_would_save_as_a_plan_with_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    def hours(*flags: str) -> tuple[float, list[str]]:
+        lines = planned([*FITS, "--reflector", "openai", *flags], capsys).splitlines()
+        (whole,) = (line for line in lines if line.startswith("GPU-hours"))
+        return float(whole.partition("= ")[2].partition(";")[0]), [x.strip() for x in lines if x.startswith("  with -")]
+
+    plain, offers = hours()
+    assert len(offers) == 2
+    for offer in offers:
+        flags, _, total = offer.removeprefix("with ").partition(": ")
+        assert "--rollout.lookahead 1 --fast.filler True" in flags
+        with_them, further = hours(*flags.split())
+        assert with_them == float(total) < plain
+    assert not further
 
 
 def test_a_plan_needs_a_config_json_alone_and_writes_nothing(
