@@ -151,7 +151,7 @@ def test_bf16_trains_on_sharded_fp32_masters(family: str, kept: str, warm: Warm,
         "model__path": folder, "model__dtype": "bfloat16", "slow__recompute": kept, "slow__lr": 1e-6, "slow__warmup": 0,
         "mode": "rl", "stream": "jsonl:tests/data/noise.jsonl@2", "jsonl__verifier": "regex",
         "rollout__max_new_tokens": 8, "rollout__problems": 8,
-        "slow__pack": "auto",
+        "slow__pack": "off" if family == "gemma2" else "on",  # the masters are fp32, what is packed is not
     }  # fmt: skip
     ended = warm.run(*flags(run, **changes), ranks=2)
     assert ended.code == 0, ended.stderr
