@@ -324,7 +324,14 @@ def test_shares_are_contiguous_and_of_about_equal_cost() -> None:
     assert Ranks(0, 3).split([]) == [[], [], []]
 
 
-def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a default of all threads: what the run makes of numbers meanwhile would be bf16
+    set_default, threads = torch.set_default_dtype, list[threading.Thread]()
+    monkeypatch.setattr(
+        torch, "set_default_dtype", lambda d: (threads.append(threading.current_thread()), set_default(d))
+    )
     policy = Policy(load_model(""), SlowConfig(lr=1e-3))
     saver = checkpoint.Saver(tmp_path, Ranks(), keep=2, background=True)
     before = [m.detach().clone() for m in policy.masters]
@@ -334,6 +341,7 @@ def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(t
         for master in policy.masters:
             master.add_(1.0)
     saver.settle()
+    assert set(threads) == {threading.main_thread()}
     folder = checkpoint.latest(tmp_path)
     assert folder
     assert json.loads((folder / "model" / "prompts.json").read_text()) == {k: state[k] for k in ("best", "population")}
