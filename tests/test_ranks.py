@@ -17,18 +17,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 
 from fst_fast import checkpoint, cli, train
 from fst_fast.config import SlowConfig
-from fst_fast.errors import UserError
+from fst_fast.errors import EngineError, UserError
 from fst_fast.launch import workers
-from fst_fast.model import load_model
+from fst_fast.model import Model, load_model
 from fst_fast.ranks import Ranks
 from fst_fast.slow.policy import Policy
+from fst_fast.trainer import BASE_VERSION
 from tests.fast.test_endpoint import Endpoint, Handler
 from tests.models import save_tiny
 from tests.warm import Warm
@@ -354,3 +358,47 @@ def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(
     with pytest.raises(OSError, match="step-000004"):  # and it is not lost
         saver.settle()
     assert checkpoint.latest(tmp_path) == folder
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Ranks]:
+    """One rank of one, whose models are sharded all the same."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield Ranks(0, 1, 1, init_device_mesh("cpu", (1,)), dist.new_group(), dist.new_group())
+    dist.destroy_process_group()
+
+
+def test_a_model_is_sharded_before_the_next_is_loaded(
+    alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Model] = []
+
+    def load(path: str, **kwargs: Any) -> Model:
+        assert all(model.sharded for model in loaded)
+        loaded.append(load_model(path, **kwargs))
+        return loaded[-1]
+
+    monkeypatch.setattr("fst_fast.trainer.load_model", load)
+    trainer = train.Trainer(cli.config_from(flags(tmp_path / "run")), tmp_path / "run", alone)
+    assert loaded == [trainer.base, trainer.model, trainer.engine._replica]  # type: ignore[attr-defined]
+
+
+def test_a_rank_whose_engine_fails_does_not_wait_for_the_others(
+    alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher stops them when it ends: no weights are gathered on the way out."""
+    trainer = train.Trainer(cli.config_from(flags(tmp_path / "run")), tmp_path / "run", alone)
+    loads: list[int] = []
+    monkeypatch.setattr(trainer.engine, "load_weights", lambda model, version: loads.append(version))
+
+    def fail(*_: Any) -> None:
+        raise EngineError("gone")
+
+    trainer.collector = Mock(complete=fail)
+    trainer.generated = 0
+    with pytest.raises(EngineError, match="gone"):
+        trainer._generate([])
+    assert loads == [BASE_VERSION]
+    trainer.collector = Mock(complete=lambda *_: ["an answer"])
+    assert trainer._generate([]) == ["an answer"]
+    assert loads == [BASE_VERSION, BASE_VERSION, 0]
