@@ -31,6 +31,7 @@ from fst_fast.errors import EngineError, UserError
 from fst_fast.launch import workers
 from fst_fast.model import Model, load_model
 from fst_fast.ranks import Ranks
+from fst_fast.rollout import vllm_engine
 from fst_fast.slow.policy import Policy
 from fst_fast.trainer import BASE_VERSION
 from tests.fast.test_endpoint import Endpoint, Handler
@@ -312,6 +313,18 @@ def test_a_worker_per_gpu_and_none_beyond(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert workers(0, config) == 0  # torchrun's worker
+
+
+def test_vllm_takes_the_gpu_of_its_rank_where_a_process_sees_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under plain torchrun; launch.py shows each process its own."""
+    model = Mock(device=torch.device("cuda:3"))
+    monkeypatch.setattr(vllm_engine, "_set_environment", Mock(side_effect=EngineError("vllm is not imported here")))
+    with pytest.raises(UserError, match="vllm uses the first GPU it sees"):
+        vllm_engine.VllmEngine(model)
+    for name, value in {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EngineError):  # past the check
+        vllm_engine.VllmEngine(model)
 
 
 # ---- the parts ------------------------------------------------------------------------------------------------------
