@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fst_fast import checkpoint, cli, train
 from fst_fast.config import SlowConfig
 from fst_fast.errors import EngineError, UserError
-from fst_fast.launch import workers
+from fst_fast.launch import _cause, workers
 from fst_fast.model import Model, load_model
 from fst_fast.ranks import Ranks
 from fst_fast.rollout import vllm_engine
@@ -277,6 +277,42 @@ def test_what_only_the_workers_see_is_one_sentence_too(tmp_path: Path) -> None:
         assert (launcher.returncode, said.count("\n")) == (2, 1), said
         assert said.startswith(f"error: model.path: {folder} cannot be loaded"), said
     assert not (tmp_path / "run").exists()
+
+
+def test_who_failed_is_blamed_and_not_those_who_were_stopped_for_it() -> None:
+    def failure(code: int, at: float, said: int | None = None) -> Any:
+        return Mock(exitcode=code, timestamp=int(at), error_file_data={} if said is None else {"code": said, "at": at})
+
+    stopped, stubborn, raised = failure(-15, 10.1), failure(-9, 15.1), failure(1, 10.0, 1)
+    assert _cause({0: stopped, 2: raised, 1: stubborn})[0] == 2
+    assert _cause({0: stopped, 2: failure(-9, 10.0), 1: failure(1, 10.1, 1)})[0] == 2  # the others miss it
+    assert (
+        _cause({0: failure(1, 10.1, 1), 1: failure(1, 10.0, 1), 2: failure(2, 10.2, 2)})[0] == 2
+    )  # what can be mended
+    assert _cause({1: stopped})[0] == 1
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize(("error", "code"), [("UserError('no')", 2), ("ValueError('no')", 1)])
+def test_a_rank_that_fails_ends_though_a_thread_of_it_waits(error: str, code: int, quiet: bool, tmp_path: Path) -> None:
+    """As the one that saves does when the other ranks do not come."""
+    program = (
+        "import threading\n"
+        "from fst_fast.cli import UserError, run\n"
+        "def main(argv):\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        f"    raise {error}\n"
+        "run(main)\n"
+    )
+    own = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error")}
+    own |= {"FST_FAST_LAUNCHED": "1"} if quiet else {}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | own, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == code
+    assert json.loads((tmp_path / "error").read_text())["code"] == code
+    assert bool(ended.stderr) != quiet
+    assert ("Traceback" in ended.stderr) == (code == 1 and not quiet)
 
 
 @pytest.mark.parametrize(
