@@ -16,11 +16,11 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -47,16 +47,12 @@ class Saver:
         least "step", and the texts "best" and "population"."""
         self.settle()
         ranks, trained = self._ranks, policy.state_dict()
-        model = policy.model
-        weights = _export(model, ranks) if model.sharded or model.update_of or self._thread else None
+        export = _export(policy.model, ranks, copied=self._thread is not None)
         if self._thread is None:
-            save(self.run_dir, policy.model, trained, state, weights, ranks, keep=self.keep)
+            save(self.run_dir, export, trained, state, ranks, keep=self.keep)
             return
-        from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
-        trained = BlockingAsyncStager().stage(trained)
         self._pending = self._thread.submit(
-            save, self.run_dir, policy.model, trained, state, weights, ranks.beside(), keep=self.keep
+            save, self.run_dir, export, _staged(trained), state, ranks.beside(), keep=self.keep
         )
 
     def settle(self) -> None:
@@ -66,18 +62,18 @@ class Saver:
             pending.result()
 
 
+class Export(NamedTuple):
+    """What becomes a Hugging Face folder; `weights` replace those of `lm`, which then has no memory."""
+
+    lm: Any
+    tokenizer: Any
+    weights: dict[str, torch.Tensor] | None = None
+
+
 def save(
-    run_dir: Path,
-    model: Model,
-    trained: dict[str, Any],
-    state: dict[str, Any],
-    weights: Mapping[str, torch.Tensor] | None,
-    ranks: Ranks,
-    *,
-    keep: int,
+    run_dir: Path, export: Export, trained: dict[str, Any], state: dict[str, Any], ranks: Ranks, *, keep: int
 ) -> Path:
-    """One checkpoint: `trained` is the policy's state_dict, `weights` what to export where the model's own are sharded
-    or may change meanwhile."""
+    """One checkpoint: `trained` is the policy's state_dict."""
     root = run_dir / "checkpoints"
     final = root / f"step-{state['step']:06d}"
     temporary = root / f".{final.name}.tmp"
@@ -88,7 +84,7 @@ def save(
         ranks.wait()
         _write(temporary / "trainer", trained, ranks)
         if ranks.main:
-            save_model(model, temporary / "model", weights)
+            save_model(export, temporary / "model")
             prompts = {"best": state["best"], "population": state["population"]}
             (temporary / "model" / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False))
             (temporary / "state.json").write_text(json.dumps(state))
@@ -135,24 +131,36 @@ def _sealed(file: Path) -> str:
     return digest
 
 
-def _export(model: Model, ranks: Ranks) -> dict[str, torch.Tensor] | None:
-    """All weights in host memory, on rank 0."""
+def _staged(trained: dict[str, Any]) -> dict[str, Any]:
+    """A copy in host memory, of a sharded tensor's own part: one pass over it (torch's stager copies what is on a GPU
+    twice)."""
+    if isinstance(trained, dict):
+        return {key: _staged(value) for key, value in trained.items()}
+    return trained.detach().to("cpu", copy=True) if isinstance(trained, torch.Tensor) else trained
+
+
+def _export(model: Model, ranks: Ranks, *, copied: bool) -> Export:
+    """The model itself or, where its weights are sharded, LoRA's or `copied`, all of them in host memory on rank 0."""
+    if not (model.sharded or model.update_of or copied):
+        return Export(model.lm, model.tokenizer)
     found = {name: w.to("cpu", copy=True) if ranks.main else None for name, w in model.weights()}
-    return {name: w for name, w in found.items() if w is not None} or None
+    if not ranks.main:
+        return Export(None, model.tokenizer)
+    from transformers import AutoModelForCausalLM
+
+    # A model without memory gives the format: type, ties, names. Not made in the thread that saves: meanwhile
+    # transformers sets torch's default dtype, which all threads share.
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(model.lm.config, dtype=model.dtype)
+    lm.generation_config = model.lm.generation_config
+    return Export(lm, model.tokenizer, {name: w for name, w in found.items() if w is not None})
 
 
-def save_model(model: Model, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-    """A Hugging Face folder of its own: loads anywhere. `weights` replace the model's own."""
-    lm = model.lm
-    if weights is not None:  # a model without memory gives the format: type, ties, names
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(model.lm.config, dtype=model.dtype)
-        lm.generation_config = model.lm.generation_config
+def save_model(export: Export, folder: Path) -> None:
+    """A Hugging Face folder of its own: loads anywhere."""
     try:
-        lm.save_pretrained(folder, state_dict=weights)
-        model.tokenizer.save_pretrained(folder)
+        export.lm.save_pretrained(folder, state_dict=export.weights)
+        export.tokenizer.save_pretrained(folder)
     except Exception as error:  # safetensors and tokenizers hide what the system said in types of their own
         code = re.search(r"\(os error (\d+)\)", str(error))
         if not code:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -153,14 +153,26 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         sentence, code = _verdict(error)
         if launched():
-            record(error, sentence, code)
-            if QUIET in os.environ:
-                sys.exit(code)
+            _leave(error, sentence, code)
         if not sentence:
             raise
         if isinstance(error, EngineError):
             traceback.print_exc()
         sys.exit(_say(sentence, code))
+
+
+def _leave(error: BaseException, sentence: str, code: int) -> NoReturn:
+    """End one of several ranks at once, so that its launcher stops the others: the interpreter's own end would wait for
+    the thread that saves and for NCCL's communicators, and those for ranks that wait for this one."""
+    record(error, sentence, code)
+    if QUIET not in os.environ:
+        if not sentence or isinstance(error, EngineError):
+            traceback.print_exception(error)
+        if sentence:
+            _say(sentence, code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _verdict(error: BaseException) -> tuple[str, int]:

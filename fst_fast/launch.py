@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where a worker says why it ended
 QUIET = "FST_FAST_LAUNCHED"  # set for the workers of `launch`, which speaks for them
+PATIENCE = 3  # seconds, fewer than a worker that is stopped has until SIGKILL
 
 
 def workers(ranks: int, config: Config) -> int:
@@ -67,8 +68,7 @@ def launch(count: int, argv: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fst_fast.train", *argv)
     except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda item: _blame(item[1]))
-        return _say(*_sentence(rank, failure))
+        return _say(*_sentence(*_cause(error.failures)))
     except SignalException as error:
         return _say(f"stopped by {error.sigval.name}; --resume continues from the last checkpoint", 128 + error.sigval)
     return 0
@@ -82,6 +82,14 @@ def record(error: BaseException, sentence: str, code: int) -> None:
     trace = "" if sentence else "".join(traceback.format_exception(error))
     with open(os.environ[ERROR_FILE], "w") as file:
         json.dump({**said, "code": code, "traceback": trace}, file)
+
+
+def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """Rank and failure of who ended by itself: torch counts those among the failed that it stopped because of it, with
+    SIGTERM, and seconds later with SIGKILL."""
+    first = min(failure.timestamp for failure in failures.values())
+    own = {r: f for r, f in failures.items() if f.exitcode != -signal.SIGTERM and f.timestamp - first < PATIENCE}
+    return min((own or failures).items(), key=lambda item: _blame(item[1]))
 
 
 def _blame(failure: ProcessFailure) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from typing import Literal
 from fst_fast.config import Recompute
 from fst_fast.shape import Shape
 
-When = Literal["always", "learning", "updating", "sampling"]
+When = Literal["always", "loading", "learning", "updating", "sampling"]
 GIB = 2**30
 CHUNK_ROWS = 4096  # of fp32 logits at a time, the kernels' on a GPU
 CONTEXT = 1.5 * GIB  # CUDA, cuBLAS, NCCL and the engine's graphs (assumed)
@@ -72,20 +72,27 @@ def parts(shape: Shape, at: Layout) -> list[Part]:
         out += [
             Part("weights that are trained, fp32", 4 * share, "always"),
             Part("AdamW's two moments, fp32", 8 * share, "always"),
-            Part("base model, for the exact KL", size * share if at.kl else 0, "always"),
+            Part("base model, for the exact KL and the policy reflector", size * share, "always"),
             Part("gradients", (4 if sharded else size) * share, "learning"),
             Part("gradients in fp32, and what is clipped of them", (4 if sharded else 4 + size) * share, "updating"),
         ]
     out += [
         Part(f"activations of {tokens:,} tokens, recompute {at.recompute}", kept, "learning"),
         Part("loss: chunks of fp32 logits", (2 if at.kl else 1) * 4 * CHUNK_ROWS * shape.vocab, "learning"),
-        Part("loss: fp32 sums of the head's and the hidden states' gradients", 4 * (shape.head + tokens * shape.hidden),
-             "learning"),
+        # of a sharded head they are there twice: as they were summed, and times the loss's gradient, to be shared out
+        Part("loss: fp32 sums of the head's and the hidden states' gradients",
+             4 * ((2 if sharded else 1) * shape.head + tokens * shape.hidden), "learning"),
     ]  # fmt: skip
     if sharded:
-        heads = (2 if at.kl else 1) * size * shape.head
+        heads = (3 if at.kl else 2) * size * shape.head
         # FSDP2 gathers the next layer while one computes; one layer's whole gradients wait to be shared out
-        out.append(Part("FSDP: two layers and the head gathered, a layer's gradients", 3 * layer + heads, "learning"))
+        out.append(
+            Part("FSDP: embedding, head and two layers gathered, a layer's gradients", 3 * layer + heads, "learning")
+        )
+        if at.vllm:  # else there is a whole copy always, and it is loaded last
+            # not there yet: masters and moments, but for the share that is cut from the whole
+            later = 0 if at.offload else (12 - size) * share
+            out.append(Part("a whole model, before it is sharded", max(0.0, size * n - later), "loading"))
     kv = size * shape.kv_elements * at.sequences * at.tokens
     if at.vllm:
         share = at.gpu_fraction * at.gpu_bytes  # given back for every training step

@@ -96,16 +96,20 @@ class Trainer:
             for task, name, stage in zip(self.tasks, self.names, self.stages, strict=True)
         ]
         path, loading = config.model.path, {k: v for k, v in asdict(config.model).items() if k != "path"}
-        self.model, self.base = load_model(path, **loading), load_model(path, **loading)
+        self.base = load_model(path, **loading)
         self.base.lm.requires_grad_(False)
-        self.longest = check_context(self.model, self.tasks, self.ood, config)
+        self.longest = check_context(self.base, self.tasks, self.ood, config)
         self.inputs = fingerprint([*self.tasks, *([self.ood] if self.ood else [])], self.base)
-        self.shape = shape_of(self.model.lm.config, sum(p.numel() for p in self.model.lm.parameters()), path)
-        self.peak = self.ranks.size * peak_flops(self.model.device, config.peak_tflops)
+        self.shape = shape_of(self.base.lm.config, sum(p.numel() for p in self.base.lm.parameters()), path)
+        self.peak = self.ranks.size * peak_flops(self.base.device, config.peak_tflops)
+        self._shard(self.base)  # before the next one is loaded: a GPU holds one whole model at a time
+        self.model = load_model(path, **loading)
         if config.slow.lora_rank:
             adapt(self.model, config.slow.lora_rank, config.seed)
         recompute(self.model, config.slow.recompute)
-        replica = self._shard() if self.ranks.mesh else None
+        self._shard(self.model)
+        embedded = self.model.sharded and config.rollout.engine == "torch"
+        replica = load_model(path, **loading) if embedded else None  # for the engine to copy the weights to
         self.policy = Policy(self.model, config.slow)
         self.learner = Learner(self.policy, self.base, config.slow, self.ranks)
         self.engine = make_engine(config.rollout, self.model, replica=replica)
@@ -372,14 +376,9 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------- helpers
 
-    def _shard(self) -> Model | None:
-        """Shard the weights that are trained and those they began as; a whole copy for the embedded engine."""
-        loading = {k: v for k, v in asdict(self.config.model).items() if k != "path"}
-        embedded = self.config.rollout.engine == "torch"
-        replica = load_model(self.config.model.path, **loading) if embedded else None
-        for model in (self.model, self.base):
+    def _shard(self, model: Model) -> None:
+        if self.ranks.mesh:
             shard(model, self.ranks, offload=self.config.slow.offload)
-        return replica
 
     @property
     def _reuses(self) -> bool:
@@ -557,11 +556,10 @@ class Trainer:
         if version != BASE_VERSION:
             self.engine.load_weights(self.base, BASE_VERSION)
         sampling = SamplingParams(1.0, self.config.reflector.max_new_tokens)
-        try:
-            return self.collector.complete(conversations, sampling, (self.state.cycle, self.generated))
-        finally:
-            if version != BASE_VERSION:
-                self.engine.load_weights(self.model, version)
+        answers = self.collector.complete(conversations, sampling, (self.state.cycle, self.generated))
+        if version != BASE_VERSION:  # not after an error: sharded weights are gathered, and the other ranks never come
+            self.engine.load_weights(self.model, version)
+        return answers
 
     def _fits(self, prompt: Prompt) -> bool:
         """Whether a proposed prompt can be used on every task of the stream: a switch may keep it."""

@@ -115,6 +115,22 @@ def test_vllms_memory_and_that_of_learning_are_not_needed_at_once() -> None:
     assert [p.when for p in of if p.name.startswith("vLLM")] == ["sampling"]
 
 
+def test_a_plan_counts_the_base_model_whatever_the_kl_and_a_whole_model_while_it_is_loaded() -> None:
+    config, options = preset("qwen3-8b-math", "fst"), PlanOptions(gpu="h100", gpus=8, model="qwen3-8b")
+    shape = read_shape("qwen3-8b", field="plan.model")
+    for kl, offload in ((0.0, False), (0.001, False), (0.0, True)):
+        config = replace(config, slow=replace(config.slow, kl_coef=kl, offload=offload))
+        of = parts(shape, layout_of(config, options, target_of(config, options)))
+        (whole,) = (p.bytes for p in of if p.when == "loading")
+        base, trained, moments = (
+            sum(p.bytes for p in of if p.when == "always" and p.name.startswith(name))
+            for name in ("base", "weights that are trained", "AdamW")
+        )
+        assert base == (0 if offload else 2 * shape.parameters / 8)
+        cut = 0 if offload else 2 * shape.parameters / 8  # its first part is a master already
+        assert whole + trained + moments == pytest.approx(2 * shape.parameters + cut)
+
+
 def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     argv = BIG[:-2]
     for _ in range(3):  # what it names is what it then accepts

@@ -17,18 +17,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 
 from fst_fast import checkpoint, cli, train
 from fst_fast.config import SlowConfig
-from fst_fast.errors import UserError
-from fst_fast.launch import workers
-from fst_fast.model import load_model
+from fst_fast.errors import EngineError, UserError
+from fst_fast.launch import _cause, workers
+from fst_fast.model import Model, load_model
 from fst_fast.ranks import Ranks
+from fst_fast.rollout import vllm_engine
 from fst_fast.slow.policy import Policy
+from fst_fast.trainer import BASE_VERSION
 from tests.fast.test_endpoint import Endpoint, Handler
 from tests.models import save_tiny
 from tests.warm import Warm
@@ -151,7 +156,7 @@ def test_bf16_trains_on_sharded_fp32_masters(family: str, kept: str, warm: Warm,
         "model__path": folder, "model__dtype": "bfloat16", "slow__recompute": kept, "slow__lr": 1e-6, "slow__warmup": 0,
         "mode": "rl", "stream": "jsonl:tests/data/noise.jsonl@2", "jsonl__verifier": "regex",
         "rollout__max_new_tokens": 8, "rollout__problems": 8,
-        "slow__pack": "auto",
+        "slow__pack": "off" if family == "gemma2" else "on",  # the masters are fp32, what is packed is not
     }  # fmt: skip
     ended = warm.run(*flags(run, **changes), ranks=2)
     assert ended.code == 0, ended.stderr
@@ -274,6 +279,42 @@ def test_what_only_the_workers_see_is_one_sentence_too(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_who_failed_is_blamed_and_not_those_who_were_stopped_for_it() -> None:
+    def failure(code: int, at: float, said: int | None = None) -> Any:
+        return Mock(exitcode=code, timestamp=int(at), error_file_data={} if said is None else {"code": said, "at": at})
+
+    stopped, stubborn, raised = failure(-15, 10.1), failure(-9, 15.1), failure(1, 10.0, 1)
+    assert _cause({0: stopped, 2: raised, 1: stubborn})[0] == 2
+    assert _cause({0: stopped, 2: failure(-9, 10.0), 1: failure(1, 10.1, 1)})[0] == 2  # the others miss it
+    assert (
+        _cause({0: failure(1, 10.1, 1), 1: failure(1, 10.0, 1), 2: failure(2, 10.2, 2)})[0] == 2
+    )  # what can be mended
+    assert _cause({1: stopped})[0] == 1
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize(("error", "code"), [("UserError('no')", 2), ("ValueError('no')", 1)])
+def test_a_rank_that_fails_ends_though_a_thread_of_it_waits(error: str, code: int, quiet: bool, tmp_path: Path) -> None:
+    """As the one that saves does when the other ranks do not come."""
+    program = (
+        "import threading\n"
+        "from fst_fast.cli import UserError, run\n"
+        "def main(argv):\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        f"    raise {error}\n"
+        "run(main)\n"
+    )
+    own = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error")}
+    own |= {"FST_FAST_LAUNCHED": "1"} if quiet else {}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | own, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == code
+    assert json.loads((tmp_path / "error").read_text())["code"] == code
+    assert bool(ended.stderr) != quiet
+    assert ("Traceback" in ended.stderr) == (code == 1 and not quiet)
+
+
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
@@ -310,6 +351,18 @@ def test_a_worker_per_gpu_and_none_beyond(monkeypatch: pytest.MonkeyPatch) -> No
     assert workers(0, config) == 0  # torchrun's worker
 
 
+def test_vllm_takes_the_gpu_of_its_rank_where_a_process_sees_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under plain torchrun; launch.py shows each process its own."""
+    model = Mock(device=torch.device("cuda:3"))
+    monkeypatch.setattr(vllm_engine, "_set_environment", Mock(side_effect=EngineError("vllm is not imported here")))
+    with pytest.raises(UserError, match="vllm uses the first GPU it sees"):
+        vllm_engine.VllmEngine(model)
+    for name, value in {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EngineError):  # past the check
+        vllm_engine.VllmEngine(model)
+
+
 # ---- the parts ------------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +377,14 @@ def test_shares_are_contiguous_and_of_about_equal_cost() -> None:
     assert Ranks(0, 3).split([]) == [[], [], []]
 
 
-def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a default of all threads: what the run makes of numbers meanwhile would be bf16
+    set_default, threads = torch.set_default_dtype, list[threading.Thread]()
+    monkeypatch.setattr(
+        torch, "set_default_dtype", lambda d: (threads.append(threading.current_thread()), set_default(d))
+    )
     policy = Policy(load_model(""), SlowConfig(lr=1e-3))
     saver = checkpoint.Saver(tmp_path, Ranks(), keep=2, background=True)
     before = [m.detach().clone() for m in policy.masters]
@@ -334,6 +394,7 @@ def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(t
         for master in policy.masters:
             master.add_(1.0)
     saver.settle()
+    assert set(threads) == {threading.main_thread()}
     folder = checkpoint.latest(tmp_path)
     assert folder
     assert json.loads((folder / "model" / "prompts.json").read_text()) == {k: state[k] for k in ("best", "population")}
@@ -346,3 +407,47 @@ def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(t
     with pytest.raises(OSError, match="step-000004"):  # and it is not lost
         saver.settle()
     assert checkpoint.latest(tmp_path) == folder
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Ranks]:
+    """One rank of one, whose models are sharded all the same."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield Ranks(0, 1, 1, init_device_mesh("cpu", (1,)), dist.new_group(), dist.new_group())
+    dist.destroy_process_group()
+
+
+def test_a_model_is_sharded_before_the_next_is_loaded(
+    alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Model] = []
+
+    def load(path: str, **kwargs: Any) -> Model:
+        assert all(model.sharded for model in loaded)
+        loaded.append(load_model(path, **kwargs))
+        return loaded[-1]
+
+    monkeypatch.setattr("fst_fast.trainer.load_model", load)
+    trainer = train.Trainer(cli.config_from(flags(tmp_path / "run")), tmp_path / "run", alone)
+    assert loaded == [trainer.base, trainer.model, trainer.engine._replica]  # type: ignore[attr-defined]
+
+
+def test_a_rank_whose_engine_fails_does_not_wait_for_the_others(
+    alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher stops them when it ends: no weights are gathered on the way out."""
+    trainer = train.Trainer(cli.config_from(flags(tmp_path / "run")), tmp_path / "run", alone)
+    loads: list[int] = []
+    monkeypatch.setattr(trainer.engine, "load_weights", lambda model, version: loads.append(version))
+
+    def fail(*_: Any) -> None:
+        raise EngineError("gone")
+
+    trainer.collector = Mock(complete=fail)
+    trainer.generated = 0
+    with pytest.raises(EngineError, match="gone"):
+        trainer._generate([])
+    assert loads == [BASE_VERSION]
+    trainer.collector = Mock(complete=lambda *_: ["an answer"])
+    assert trainer._generate([]) == ["an answer"]
+    assert loads == [BASE_VERSION, BASE_VERSION, 0]

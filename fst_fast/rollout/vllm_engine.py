@@ -44,7 +44,9 @@ class VllmEngine:
     policy_version = -1
 
     def __init__(self, model: Model, *, max_batch: int = 256, gpu_memory: float = 0.5, kv_bytes: int = 1 << 30):
-        if model.device.index:
+        # of a launched process the GPU that LOCAL_RANK names: 0 under launch.py, while torchrun's ranks see them all
+        own = int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
+        if model.device.type == "cuda" and (model.device.index or 0) != own:
             raise UserError(
                 f"model.device = {str(model.device)!r}: vllm uses the first GPU it sees; choose one with "
                 "CUDA_VISIBLE_DEVICES and leave model.device at auto"

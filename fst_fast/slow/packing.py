@@ -117,7 +117,7 @@ def prepare(model: Model) -> None:
         raise UserError(f"{refusal} caps its attention scores, which no flash kernel does; use --slow.pack off")
     usual, why = model.lm.config._attn_implementation, ""
     try:
-        if not (error := _error(model)) < (1e-4 if model.lm.dtype == torch.float32 else 0.1):
+        if not (error := _error(model)) < (1e-4 if model.dtype == torch.float32 else 0.1):
             why = f"gives other hidden states when packed (by {error:.2g})"
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as problem:
         why = f"cannot run packed ({problem})"
