@@ -1,7 +1,7 @@
 """vLLM as rollout engine, in this process, one engine a GPU: the only file that touches vllm.
 
-Its API moves: written against 0.25.1 (CUDA, torch 2.11) and 0.32.0 (torch 2.13), tested with the CPU build of 0.32.0.
-What differs between the two is said where it matters.
+Its API moves: written against 0.25.1 (CUDA, torch 2.11) and 0.32.0 (torch 2.13), tested with the CPU build of 0.32.0,
+once with that of 0.25.1. What differs between the two is said where it matters.
 """
 
 from __future__ import annotations
@@ -196,9 +196,11 @@ def _set_environment(on_cpu: bool) -> None:
     """What vLLM reads when it is imported, in this process as all else."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the run has a display of its own
+    # Unless this says so, 0.32 leaves the process one thread on a GPU (an offloaded optimizer has use for more), and on
+    # the CPU takes all cores, where threads beyond the trainer's spin against each other.
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     if on_cpu:
-        # vLLM would take all cores; threads beyond the trainer's spin against each other
-        os.environ |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         torch._dynamo.config.disable = True  # else a helper of its sampler is compiled, for seconds
 
 

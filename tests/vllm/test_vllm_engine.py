@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from fst_fast.prefix_tree import build
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.engine import Completion, Request
-from fst_fast.rollout.vllm_engine import VllmEngine
+from fst_fast.rollout.vllm_engine import VllmEngine, _set_environment
 from tests.models import FAMILIES, tiny
 from tests.rollout.test_torch_engine import drain, error_of, order
 
@@ -363,6 +364,14 @@ def test_bf16_is_sampled_in_bf16(qwen: Model) -> None:
     engine.load_weights(half, 0)
     check_engine(engine, half)
     assert engine._llm.model_config.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_vllm_is_told_to_leave_the_trainer_its_threads(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("OMP_NUM_THREADS", None)
+    _set_environment(on_cpu)
+    assert os.environ["OMP_NUM_THREADS"] == str(torch.get_num_threads())
 
 
 def test_what_vllm_cannot_serve_is_told_in_a_sentence(qwen: Model) -> None:
