@@ -73,6 +73,8 @@ class VllmEngine:
                     skip_tokenizer_init=True,  # token ids in, token ids out
                     generation_config="vllm",  # no sampling defaults out of the model's folder
                     logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+                    # as the trainer's: in bf16 a logit of 16 is up to .06 off (0.25.1 has no such head)
+                    hf_overrides={"head_dtype": "float32"},
                     enable_prefix_caching=True,
                     scheduling_policy="priority",
                     async_scheduling=False,  # an idle engine has no step in flight: weights may change

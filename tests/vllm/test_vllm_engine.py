@@ -364,6 +364,9 @@ def test_bf16_is_sampled_in_bf16(qwen: Model) -> None:
     engine.load_weights(half, 0)
     check_engine(engine, half)
     assert engine._llm.model_config.dtype == torch.bfloat16
+    hidden = torch.ones(1, half.config.hidden_size, dtype=torch.bfloat16)
+    [logits] = engine._llm.apply_model(lambda network: network.compute_logits(hidden))
+    assert logits.dtype == torch.float32  # as the trainer's
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
