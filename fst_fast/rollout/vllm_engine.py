@@ -37,7 +37,7 @@ class VllmEngine:
 
     `gpu_memory` is the fraction of the GPU that vLLM takes; on the CPU it takes `kv_bytes` of KV cache. Raises
     UserError for a model that vLLM cannot serve. One engine a process: vLLM's process groups are global, and the end of
-    any engine takes them from the others.
+    any engine takes them from the others. `context`: tokens of its longest sequence.
     """
 
     name = "vllm"
@@ -68,7 +68,7 @@ class VllmEngine:
                     model=model.path,
                     load_format="dummy",
                     dtype=str(model.dtype).removeprefix("torch."),
-                    max_model_len=model.context,
+                    max_model_len=-1,  # the model's, or what there is KV cache for: vLLM refuses to promise more
                     max_num_seqs=max_batch,
                     skip_tokenizer_init=True,  # token ids in, token ids out
                     generation_config="vllm",  # no sampling defaults out of the model's folder
@@ -93,8 +93,9 @@ class VllmEngine:
         cache = self._llm.vllm_config.cache_config
         self.block_size: int = cache.block_size
         self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size  # blocks of the CPU are called so too
+        self.context: int = min(model.context, self._llm.vllm_config.model_config.max_model_len)
         self.stats = EngineStats()
-        self._context, self._stop = model.context, sorted(model.eos_ids)
+        self._stop = sorted(model.eos_ids)
         self._state: Literal["without weights", "ready", "asleep"] = "without weights"
         self._live: dict[int, Partial] = {}
         self._arrivals = itertools.count()  # equal priorities go in the order of submission
@@ -109,7 +110,7 @@ class VllmEngine:
 
         if self._state != "ready":
             raise RuntimeError(f"submit to an engine that is {self._state}: load_weights comes first")
-        check_lengths(requests, self._context)
+        check_lengths(requests, self.context)
         # No KV of older weights is ever read: the cache is emptied with every load, and the salt is another besides.
         salt = str(self._loads)
         for r in requests:
