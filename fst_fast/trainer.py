@@ -112,7 +112,10 @@ class Trainer:
         replica = load_model(path, **loading) if embedded else None  # for the engine to copy the weights to
         self.policy = Policy(self.model, config.slow)
         self.learner = Learner(self.policy, self.base, config.slow, self.ranks)
+        whole = self.model.context
         self.engine = make_engine(config.rollout, self.model, replica=replica)
+        if self.model.context < whole:
+            check_context(self.model, self.tasks, self.ood, config)
         background = self.model.device.type == "cuda"
         self.saver = checkpoint.Saver(run_dir, self.ranks, keep=config.keep_checkpoints, background=background)
         check_engine(self.engine, self.model)

@@ -19,9 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from fst_fast import checkpoint, cli, compare, evaluate, report, train
-from fst_fast.model import GLYPH_BASE, load_model
+from fst_fast import checkpoint, cli, compare, evaluate, report, train, trainer
+from fst_fast.config import RolloutConfig
+from fst_fast.model import GLYPH_BASE, Model, load_model
 from fst_fast.records import Prompt
+from fst_fast.rollout import make_engine
+from fst_fast.rollout.engine import RolloutEngine
 from fst_fast.slow.policy import Policy
 from fst_fast.telemetry import read_run
 
@@ -456,6 +459,19 @@ def test_a_proposed_prompt_must_leave_room_on_every_task_of_the_stream(tmp_path:
     for stream, fits in (("glyph:A@2", True), (f"glyph:A@2,jsonl:{tmp_path}/long.jsonl@2", False)):
         config = cli.config_from(flags(SMALL | {"stream": stream}))
         assert train.Trainer(config, tmp_path)._fits(prompt) == fits
+
+
+def test_an_engine_with_room_for_less_than_the_models_context_is_told_of_before_the_run(
+    refuse: Refusals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(config: RolloutConfig, model: Model, **kwargs: Any) -> RolloutEngine:
+        model.context = 40  # as make_engine does where vLLM has KV cache for so much
+        return make_engine(config, model, **kwargs)
+
+    monkeypatch.setattr(trainer, "make_engine", small)
+    said = refuse.sentence(train.main, *flags(SMALL | {"run-dir": refuse.folder / "run"}))
+    assert "rollout.max_new_tokens" in said
+    assert "context of 40 tokens" in said
 
 
 def test_weights_that_diverge_end_the_run_with_a_sentence(

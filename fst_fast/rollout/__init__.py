@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def make_engine(config: RolloutConfig, model: Model, *, replica: Model | None = None) -> RolloutEngine:
     """The engine that `rollout.engine` names, with the model's weights; UserError when it cannot serve the model.
 
-    `replica`: a whole model for the embedded engine to copy the weights to, when `model` is sharded.
+    `replica`: a whole model for the embedded engine to copy the weights to, when `model` is sharded. Where vLLM has KV
+    cache for less than the model's context, that becomes the model's context.
     """
     if config.engine == "torch":
         from fst_fast.rollout.torch_engine import TorchEngine
@@ -22,5 +23,6 @@ def make_engine(config: RolloutConfig, model: Model, *, replica: Model | None = 
     from fst_fast.rollout.vllm_engine import VllmEngine
 
     engine = VllmEngine(model, max_batch=config.max_batch, gpu_memory=config.gpu_memory)
+    model.context = engine.context  # what a prompt has to fit into
     engine.load_weights(model, 0)
     return engine

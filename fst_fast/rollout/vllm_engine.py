@@ -1,7 +1,7 @@
 """vLLM as rollout engine, in this process, one engine a GPU: the only file that touches vllm.
 
-Its API moves: written against 0.25.1 (CUDA, torch 2.11) and 0.32.0 (torch 2.13), tested with the CPU build of 0.32.0.
-What differs between the two is said where it matters.
+Its API moves: written against 0.25.1 (CUDA, torch 2.11) and 0.32.0 (torch 2.13), tested with the CPU build of 0.32.0,
+once with that of 0.25.1. What differs between the two is said where it matters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class VllmEngine:
 
     `gpu_memory` is the fraction of the GPU that vLLM takes; on the CPU it takes `kv_bytes` of KV cache. Raises
     UserError for a model that vLLM cannot serve. One engine a process: vLLM's process groups are global, and the end of
-    any engine takes them from the others.
+    any engine takes them from the others. `context`: tokens of its longest sequence.
     """
 
     name = "vllm"
@@ -70,11 +70,13 @@ class VllmEngine:
                     model=model.path,
                     load_format="dummy",
                     dtype=str(model.dtype).removeprefix("torch."),
-                    max_model_len=model.context,
+                    max_model_len=-1,  # the model's, or what there is KV cache for: vLLM refuses to promise more
                     max_num_seqs=max_batch,
                     skip_tokenizer_init=True,  # token ids in, token ids out
                     generation_config="vllm",  # no sampling defaults out of the model's folder
                     logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+                    # as the trainer's: in bf16 a logit of 16 is up to .06 off (0.25.1 has no such head)
+                    hf_overrides={"head_dtype": "float32"},
                     enable_prefix_caching=True,
                     scheduling_policy="priority",
                     async_scheduling=False,  # an idle engine has no step in flight: weights may change
@@ -93,8 +95,9 @@ class VllmEngine:
         cache = self._llm.vllm_config.cache_config
         self.block_size: int = cache.block_size
         self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size  # blocks of the CPU are called so too
+        self.context: int = min(model.context, self._llm.vllm_config.model_config.max_model_len)
         self.stats = EngineStats()
-        self._context, self._stop = model.context, sorted(model.eos_ids)
+        self._stop = sorted(model.eos_ids)
         self._state: Literal["without weights", "ready", "asleep"] = "without weights"
         self._live: dict[int, Partial] = {}
         self._arrivals = itertools.count()  # equal priorities go in the order of submission
@@ -109,7 +112,7 @@ class VllmEngine:
 
         if self._state != "ready":
             raise RuntimeError(f"submit to an engine that is {self._state}: load_weights comes first")
-        check_lengths(requests, self._context)
+        check_lengths(requests, self.context)
         # No KV of older weights is ever read: the cache is emptied with every load, and the salt is another besides.
         salt = str(self._loads)
         for r in requests:
@@ -198,9 +201,11 @@ def _set_environment(on_cpu: bool) -> None:
     """What vLLM reads when it is imported, in this process as all else."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the run has a display of its own
+    # Unless this says so, 0.32 leaves the process one thread on a GPU (an offloaded optimizer has use for more), and on
+    # the CPU takes all cores, where threads beyond the trainer's spin against each other.
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     if on_cpu:
-        # vLLM would take all cores; threads beyond the trainer's spin against each other
-        os.environ |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         torch._dynamo.config.disable = True  # else a helper of its sampler is compiled, for seconds
 
 

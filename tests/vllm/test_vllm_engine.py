@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 
+from fst_fast.config import RolloutConfig
 from fst_fast.errors import UserError
 from fst_fast.model import Model, load_model
 from fst_fast.prefix_tree import build
 from fst_fast.records import SamplingParams
+from fst_fast.rollout import make_engine
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.engine import Completion, Request
-from fst_fast.rollout.vllm_engine import VllmEngine
+from fst_fast.rollout.vllm_engine import VllmEngine, _set_environment
 from tests.models import FAMILIES, tiny
 from tests.rollout.test_torch_engine import drain, error_of, order
 
@@ -363,10 +366,37 @@ def test_bf16_is_sampled_in_bf16(qwen: Model) -> None:
     engine.load_weights(half, 0)
     check_engine(engine, half)
     assert engine._llm.model_config.dtype == torch.bfloat16
+    hidden = torch.ones(1, half.config.hidden_size, dtype=torch.bfloat16)
+    [logits] = engine._llm.apply_model(lambda network: network.compute_logits(hidden))
+    assert logits.dtype == torch.float32  # as the trainer's
+
+
+def test_a_small_cache_bounds_the_context_that_prompts_must_fit_into(
+    qwen: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = 2 * 2 * 2 * HEAD_DIM * 4 * 32  # as above
+    monkeypatch.setitem(VllmEngine.__init__.__kwdefaults__, "kv_bytes", 20 * block)  # type: ignore[index]
+    model = load_model(qwen.path)
+    engine = make_engine(RolloutConfig(engine="vllm", max_batch=4), model)
+    assert isinstance(engine, VllmEngine)
+    ENGINES.append(engine)
+    assert model.context == engine.context <= engine.cache_tokens < 700 < qwen.context
+    with pytest.raises(ValueError, match=f"context of {engine.context} tokens"):
+        engine.submit([Request(0, (7,) * (engine.context - 6), SamplingParams(1.0, 7), seed=0)])
+    requests = [Request(i, tokens(i, engine.context - 7, 500), SamplingParams(1.0, 7), seed=i) for i in range(3)]
+    assert error_of(model, requests, drain(engine, requests)) < 1e-5
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_vllm_is_told_to_leave_the_trainer_its_threads(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("OMP_NUM_THREADS", None)
+    _set_environment(on_cpu)
+    assert os.environ["OMP_NUM_THREADS"] == str(torch.get_num_threads())
 
 
 def test_what_vllm_cannot_serve_is_told_in_a_sentence(qwen: Model) -> None:
-    with pytest.raises(UserError, match=r"rollout.engine: vllm cannot serve .*cache blocks"):
+    with pytest.raises(UserError, match=r"rollout.engine: vllm cannot serve .*not enough GPU memory"):
         VllmEngine(qwen, kv_bytes=1)
     with pytest.raises(UserError, match=r"model.device = 'cuda:1': .* CUDA_VISIBLE_DEVICES"):
         VllmEngine(SimpleNamespace(device=torch.device("cuda:1")))  # type: ignore[arg-type]
