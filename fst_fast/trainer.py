@@ -114,6 +114,7 @@ class Trainer:
         self.learner = Learner(self.policy, self.base, config.slow, self.ranks)
         whole = self.model.context
         self.engine = make_engine(config.rollout, self.model, replica=replica)
+        self.model.context = min(self.ranks.join([self.model.context]))  # all decide alike what fits
         if self.model.context < whole:
             check_context(self.model, self.tasks, self.ood, config)
         background = self.model.device.type == "cuda"

@@ -34,7 +34,7 @@ def check_engine(engine: RolloutEngine, model: Model) -> None:
         done = []
         while engine.busy:
             done += engine.step()
-        error = max(_worst_error(model, prompts[c.id], c) for c in done)
+        error = max(worst_error(model, prompts[c.id], c) for c in done)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as problem:
         raise UserError(f"model.path: the {engine.name} engine cannot sample from {model.path}: {problem}") from problem
     if not error < (1e-3 if model.dtype == torch.float32 else 0.2):
@@ -51,7 +51,8 @@ def check_engine(engine: RolloutEngine, model: Model) -> None:
 
 
 @torch.no_grad()
-def _worst_error(model: Model, prompt: tuple[int, ...], c: Completion) -> float:
+def worst_error(model: Model, prompt: tuple[int, ...], c: Completion) -> float:
+    """Largest |Δ log p| of a response's tokens, at temperature 1, from the model's own forward pass."""
     hidden = model.hidden(torch.tensor([prompt + c.response_ids], device=model.device), use_cache=False)
     logprobs = model.logits(hidden[0, len(prompt) - 1 : -1]).log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(c.response_ids, device=model.device)[:, None])[:, 0]

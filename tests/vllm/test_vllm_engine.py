@@ -25,7 +25,7 @@ from fst_fast.rollout import make_engine
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.engine import Completion, Request
 from fst_fast.rollout.vllm_engine import VllmEngine, _set_environment
-from tests.models import FAMILIES, tiny
+from tests.models import FAMILIES, save_tiny, tiny
 from tests.rollout.test_torch_engine import drain, error_of, order
 
 vllm = pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm tests it in an environment of its own")
@@ -416,6 +416,14 @@ def test_the_real_benchmark_computes_what_the_plan_says_and_more_in_other_orders
     assert rows["random"]["preemptions"] > 0
     assert rows["random"]["repeated"] > 0
     assert rows["ours"]["preemptions"] == rows["ours"]["repeated"] == 0
+
+
+def test_what_checks_vllm_on_a_gpu_runs_here(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu_vllm.py", str(save_tiny("qwen3", tmp_path))]
+    found = subprocess.run(command, cwd=ROOT, check=True, timeout=600, capture_output=True, text=True).stdout
+    lines = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
+    assert lines[-1] == {"faults": []}
+    assert [line["policy"] for line in lines if "policy" in line] == [0, 0, 1, 2, 3]
 
 
 def test_a_training_run_by_the_command_line(tmp_path: Path) -> None:
