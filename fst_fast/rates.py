@@ -1,6 +1,6 @@
 """What hardware can do: rates.json, every number with its source, and the roofline that turns rates into seconds.
 
-A rate is replaced by a measured one with `python benchmarks/rates.py RESULT.json`.
+A rate is replaced by a measured one with `benchmarks/rates.py`.
 """
 
 from __future__ import annotations
