@@ -3,7 +3,8 @@
     python benchmarks/cost.py [--steps 10] [--json FILE]                  the embedded model, on a CPU
     python benchmarks/cost.py --shape qwen3-0.6b [--json FILE]            random weights of a shape, on a GPU
 
-Random weights end no response: all are rollout.max_new_tokens long, and rewards are dice, so that every part has work.
+Random weights end no response: all are rollout.max_new_tokens long. Rewards are dice, every reflection is taken for a
+new prompt, and nothing is saved (25 GB a checkpoint of Qwen3-1.7B), so that every other part has its work.
 Only groups with differing rewards are learnt from: their part is told, and RL has none at its start on glyph.
 Whatever else is given goes to the trainer (--rollout.problems 8 ...).
 """
@@ -11,23 +12,30 @@ Whatever else is given goes to the trainer (--rollout.problems 8 ...).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
+import random
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measure import DEVICE, save, setting
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from fst_fast.checkpoint import Saver
 from fst_fast.model import GLYPH_BASE
+from fst_fast.records import Answer
 from fst_fast.shape import BUILT_IN
+from fst_fast.tasks.task import Message
 from fst_fast.telemetry import SUMS, Run, read_run
 from fst_fast.train import main as train
+from fst_fast.trainer import Trainer
 
 CONFIGS = {
     "fst": [],
@@ -35,13 +43,16 @@ CONFIGS = {
     "fst, no reuse, no race": ["--fast.reuse", "False", "--fast.race", "False"],
     "rl": ["--mode", "rl"],
 }
+COIN = random.Random(0)
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 16}
+SHAPES = BUILT_IN | {"rehearsal": BUILT_IN["qwen3-0.6b"] | SMALL}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="of each run: a cycle of the embedded model's")
     parser.add_argument("--whole", type=int, default=200, help="steps of the run whose cost is told")
-    parser.add_argument("--shape", choices=list(BUILT_IN), help="random weights of this shape instead of the embedded")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape instead of the embedded")
     parser.add_argument("--only", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the results here too")
@@ -52,7 +63,7 @@ def main() -> None:
         for i, name in enumerate(args.only):
             run_dir = Path(folder) / f"run-{i}"
             common = {"run-dir": run_dir, "threads": args.threads, "progress": False, "tensorboard": False}
-            with redirect_stdout(io.StringIO()):
+            with redirect_stdout(io.StringIO()), random_weights() if args.shape else nullcontext():
                 train([*words(common), *flags, *CONFIGS[name]])
             results[name] = measured(read_run(run_dir), args.whole)
     title = f"{args.shape or 'embedded model'}, {args.steps} steps, {DEVICE}, {args.threads} thread(s)"
@@ -73,7 +84,7 @@ def workload(shape: str | None, steps: int, folder: Path) -> list[str]:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(DEVICE):
-        Qwen3ForCausalLM(Qwen3Config(**BUILT_IN[shape], **special)).save_pretrained(folder / "model")
+        Qwen3ForCausalLM(Qwen3Config(**SHAPES[shape], **special)).save_pretrained(folder / "model")
     torch.set_default_dtype(torch.float32)
     tokenizer.save_pretrained(folder / "model")
     problems = folder / "problems.jsonl"
@@ -86,8 +97,20 @@ def workload(shape: str | None, steps: int, folder: Path) -> list[str]:
 
 
 def dice(row: Mapping[str, Any], response: str) -> float:
-    """A reward that is a function of the response, and looks like a coin."""
-    return float(hashlib.sha256(response.encode()).digest()[0] % 2)
+    """A coin. The response decides nothing: most ids are none of the small tokenizer's, and most texts empty."""
+    return float(COIN.random() < 0.5)
+
+
+@contextmanager
+def random_weights() -> Iterator[None]:
+    """What they cannot do: end an answer within its limit, which every reflection must, and be worth saving."""
+    generate, numbers = Trainer._generate, count(1)
+
+    def edited(trainer: Trainer, chats: Sequence[list[Message]]) -> list[Answer]:
+        return [replace(a, text=f"Prompt {next(numbers)}.", fault="") for a in generate(trainer, chats)]
+
+    with patch.object(Trainer, "_generate", edited), patch.object(Saver, "save", lambda *_: None):
+        yield
 
 
 def words(flags: Mapping[str, Any]) -> list[str]:
@@ -99,7 +122,7 @@ def measured(run: Run, whole: int) -> dict[str, Any]:
     spent = run.spent
     phases = {name: seconds for name, seconds in spent.items() if name not in SUMS}
     phases["other"] = spent["seconds"] - sum(phases.values())
-    once = phases["checkpoint"] + phases["other"] + phases["eval"]
+    once = sum(phases[name] for name in ("start", "checkpoint", "other", "eval"))
     steps = len(run.steps)
     return {
         "seconds": spent["seconds"],
@@ -111,6 +134,7 @@ def measured(run: Run, whole: int) -> dict[str, Any]:
         "gepa_tokens": run.total("gepa_tokens"),
         "live_groups": sum(r.get("live_groups", 0) for r in run.steps) / max(1, sum(r["groups"] for r in run.steps)),
         "mfu": run.utilisation("mfu", "learn"),
+        "mfu_later": replace(run, steps=run.steps[1:]).utilisation("mfu", "learn"),  # the first step compiles kernels
         "joules": spent.get("joules"),
         "max_new_tokens": run.config["rollout"]["max_new_tokens"],
         "engine": run.config["rollout"]["engine"],
@@ -130,6 +154,9 @@ def show(results: Mapping[str, Mapping[str, Any]], whole: int) -> None:
     print(" " * 14 + "".join(f"{r['device_hours']:16.3f}        " for r in results.values()))
     print(f"{'live groups':14}" + "".join(f"{r['live_groups']:16.0%}        " for r in results.values()))
     print(f"{'tokens':14}" + "".join(f"{r['tokens']:16,}        " for r in results.values()))
+    if all(r["mfu_later"] is not None for r in results.values()):
+        print(f"{'MFU of learn':14}" + "".join(f"{r['mfu_later']:16.1%}        " for r in results.values()))
+        print("  after the first step, which compiles kernels")
 
 
 if __name__ == "__main__":

@@ -106,12 +106,13 @@ train() {
     cp "$run/metrics.jsonl" "$out/train.jsonl" && rm -rf "$run"
 }
 
-cost() { # a cycle of FST with its phases; in memory: checkpoints of random weights are 25 GB
-  local options=(--shape qwen3-1.7b --steps 2 --only fst --keep-checkpoints 1 --rollout.problems 16 --rollout.max-new-tokens 128)
-  options+=(--reflector.max-new-tokens 128 --fast.every 2 --fast.proposals 4 --fast.first-proposals 4)
-  [ -z "$quick" ] || options=(--steps 2 --only fst --rollout.problems 4 --fast.first-proposals 1)
-  TMPDIR="$([ -n "$gpu" ] && [ -d /dev/shm ] && echo /dev/shm || echo "${TMPDIR:-/tmp}")" \
-    "$python" benchmarks/cost.py "${options[@]}" --json "$out/cost.json"
+cost() { # a cycle of FST and steps of 33k tokens; the random weights, 3.4 GB, lie in memory where there is room
+  local folder="${TMPDIR:-/tmp}" options=(--shape qwen3-1.7b --steps 4 --only fst --rollout.problems 32 --rollout.max-new-tokens 128)
+  options+=(--reflector.max-new-tokens 128 --fast.every 4 --fast.proposals 4 --fast.first-proposals 4)
+  [ -z "$quick" ] || options=(--shape rehearsal --steps 2 --only fst --rollout.problems 4 --rollout.max-new-tokens 8
+    --reflector.max-new-tokens 8 --fast.every 2 --fast.first-proposals 2)
+  [ "$(df -Pk /dev/shm 2>/dev/null | awk 'END {print int($4)}')" -lt 8000000 ] || folder=/dev/shm
+  TMPDIR="$folder" "$python" benchmarks/cost.py "${options[@]}" --json "$out/cost.json"
 }
 
 rates() { # into a copy of the table; fst_fast/rates.json is what `train --plan` reads

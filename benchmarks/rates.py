@@ -18,7 +18,7 @@ import torch
 from measure import DEVICE, copy_bandwidth, seconds_of, setting
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from fst_fast.model import GLYPH_BASE, Model
+from fst_fast.model import GLYPH_BASE, Model, fuse_layers
 from fst_fast.rates import MEASURED, TABLE, Hardware, kind_of, read_table
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.engine import Request
@@ -83,6 +83,7 @@ def random_model() -> Model:
     with torch.device(DEVICE):
         lm = Qwen3ForCausalLM(Qwen3Config(**sizes, eos_token_id=tokenizer.eos_token_id))
     torch.set_default_dtype(torch.float32)
+    fuse_layers(lm)  # as load_model does: the rates of a run are Liger's where it is installed
     return Model(lm, tokenizer, "random weights")
 
 

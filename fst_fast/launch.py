@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where a worker says why it ended
 QUIET = "FST_FAST_LAUNCHED"  # set for the workers of `launch`, which speaks for them
 PATIENCE = 3  # seconds, fewer than a worker that is stopped has until SIGKILL
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds for stopped workers to end; torch 2.11 waits 30
 
 
 def workers(ranks: int, config: Config) -> int:
@@ -53,6 +54,7 @@ def launch(count: int, argv: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said below
     os.environ[QUIET] = "1"
+    os.environ.setdefault(SHUTDOWN, "5")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -63,7 +65,6 @@ def launch(count: int, argv: Sequence[str]) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
         virtual_local_rank=torch.cuda.is_available(),  # each sees its own GPU alone, as vLLM wants it
-        shutdown_timeout=5,
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fst_fast.train", *argv)

@@ -270,7 +270,7 @@ def _mark_switches(axes: Any, panel: Panel, groups: Sequence[Group]) -> None:
     later = {start for start in starts if start[1] > 0}
     if len({stage for _, stage, _ in later}) == len(later):
         for x, _, task in sorted(starts) if later else ():
-            axes.axvline(x, color=FAINT, linewidth=1 if x else 0, linestyle="--", zorder=0)
+            axes.axvline(x, color=FAINT, linewidth=1, linestyle="--" if x else "none", zorder=0)
             label = axes.text(x, 1.02, f" {plain(task, 16)}", transform=axes.get_xaxis_transform(), fontsize=8)
             label.set_color(OTHER)
         return

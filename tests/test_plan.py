@@ -56,7 +56,8 @@ def test_flops_are_those_of_the_products_that_torch_counts() -> None:
     triangle = 4 * shape.layers * shape.width * 50 * 49 // 2  # the upper one: eager attention does not skip it
     norms = 2 * 50 * sum(p.numel() for p in lm.parameters() if p.ndim == 1)
     ours = shape.forward_flops(Work.over([(0, 50)], 50)) + triangle - norms
-    assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)
+    angles = 2 * 50 * 32 // 2  # of RoPE: a matrix product in transformers 5.17, none in 5.24
+    assert counter.get_total_flops() in (pytest.approx(ours, rel=1e-6), pytest.approx(ours + angles, rel=1e-6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
