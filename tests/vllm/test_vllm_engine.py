@@ -419,7 +419,7 @@ def test_the_real_benchmark_computes_what_the_plan_says_and_more_in_other_orders
 
 
 def test_what_checks_vllm_on_a_gpu_runs_here(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu_vllm.py", str(save_tiny("qwen3", tmp_path))]
+    command = [sys.executable, "benchmarks/gpu_vllm.py", str(save_tiny("qwen3", tmp_path, head_dim=HEAD_DIM))]
     found = subprocess.run(command, cwd=ROOT, check=True, timeout=600, capture_output=True, text=True).stdout
     lines = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
     assert lines[-1] == {"faults": []}
