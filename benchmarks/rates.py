@@ -23,7 +23,7 @@ from fst_fast.rates import MEASURED, TABLE, Hardware, kind_of, read_table
 from fst_fast.records import SamplingParams
 from fst_fast.rollout.engine import Request
 from fst_fast.rollout.torch_engine import TorchEngine
-from fst_fast.shape import BUILT_IN, Work, shape_of
+from fst_fast.shape import BUILT_IN, PassWork, shape_of
 from fst_kernels import linear_policy_loss
 
 GPU = DEVICE == "cuda"
@@ -63,12 +63,12 @@ def measured(hardware: Hardware) -> Iterator[tuple[str, float]]:
     model = random_model()
     shape = shape_of(model.config, sum(p.numel() for p in model.lm.parameters()), "qwen3-8b, some layers")
     rows = [(0, PROMPT + RESPONSE)] * SEQUENCES
-    flops = shape.forward_flops(Work.over(rows, SEQUENCES * RESPONSE))
+    flops = shape.forward_flops(PassWork.over(rows, SEQUENCES * RESPONSE))
     yield "train_mfu", 3 * flops / _best(lambda: learn(model)) / hardware.peak
     model.lm.zero_grad(set_to_none=True)
     with torch.inference_mode():
         ids = _ids(model, SEQUENCES, PROMPT + RESPONSE)
-        flops = shape.forward_flops(Work.over(rows, 0))
+        flops = shape.forward_flops(PassWork.over(rows, 0))
         yield "prefill_mfu", flops / _best(lambda: model.hidden(ids, use_cache=False)) / hardware.peak
     whole = decode(model)
     model.lm.model.layers, model.lm.config.num_hidden_layers = model.lm.model.layers[:FEW], FEW

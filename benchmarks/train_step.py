@@ -26,7 +26,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from fst_fast.config import SlowConfig
 from fst_fast.model import Model, fuse_layers
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
-from fst_fast.shape import Work, shape_of
+from fst_fast.shape import PassWork, shape_of
 from fst_fast.slow import tree_attention
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
             run = sum(len(b) * max(rows[i] for i in b) for b in batches)
         else:
             batches = list(packed_batches(rollouts, args.micro_tokens))
-            work = sum((packed_work([rollouts[i] for i in b]) for b in batches), Work())
+            work = sum((packed_work([rollouts[i] for i in b]) for b in batches), PassWork())
             run = work.tokens
         peak = peak_bytes_of(calls[name])
         policy.seen = []

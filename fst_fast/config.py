@@ -371,6 +371,16 @@ def check_installed(config: Config) -> None:
         )
 
 
+def pauses(config: Config) -> list[int]:
+    """Every how many steps of a stage something comes before the next: a checkpoint, an evaluation, a GEPA cycle."""
+    return [config.checkpoint_every, config.eval.every, *([config.fast.every] if evolves(config) else [])]
+
+
+def evolves(config: Config) -> bool:
+    """Whether GEPA cycles are interleaved with the steps."""
+    return config.mode in ("fst", "gepa", "fst-distill")
+
+
 def proposals_of(config: Config, *, first: bool) -> int:
     """Children GEPA proposes in a cycle; `first` of its run or stage."""
     fast = config.fast

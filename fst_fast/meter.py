@@ -14,7 +14,7 @@ import torch
 from fst_fast.prefix_tree import Ragged, trie
 from fst_fast.ranks import Ranks
 from fst_fast.records import Rollout
-from fst_fast.shape import Shape, Work
+from fst_fast.shape import PassWork, Shape
 
 INTERVAL = 0.5  # seconds between two readings of the GPU
 
@@ -69,7 +69,7 @@ class Meter:
 
 
 def mfu(
-    shape: Shape, peak: float, learned: Work, sampled: Work, spent: Mapping[str, float], *, kl: bool
+    shape: Shape, peak: float, learned: PassWork, sampled: PassWork, spent: Mapping[str, float], *, kl: bool
 ) -> dict[str, float]:
     """Model FLOPs utilisation of learning alone and of the whole step, by the seconds `spent` (shape.py counts).
 
@@ -81,12 +81,12 @@ def mfu(
     return {"mfu": learning / spent["learn"] / peak, "step_mfu": (learning + sampling) / spent["seconds"] / peak}
 
 
-def sampling_work(rollouts: Sequence[Rollout]) -> Work:
+def sampling_work(rollouts: Sequence[Rollout]) -> PassWork:
     """What the prompts of `rollouts` share, computed once, and every response by itself."""
     prompts = trie(Ragged.of([r.prompt_ids for r in rollouts]))
     stretches = [*zip(prompts.start.tolist(), prompts.end.tolist(), strict=True)]
     stretches += [(len(r.prompt_ids), len(r.prompt_ids) + len(r.response_ids)) for r in rollouts]
-    return Work.over(stretches, sum(len(r.response_ids) for r in rollouts))
+    return PassWork.over(stretches, sum(len(r.response_ids) for r in rollouts))
 
 
 def together(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
-from fst_fast.config import Config, Recompute, Stage, check, proposals_of, stages
+from fst_fast.config import Config, Recompute, Stage, check, evolves, pauses, proposals_of, stages
 from fst_fast.errors import UserError
 from fst_fast.memory import FRAGMENTS, GIB, Layout, kv_room, parts, peak
 from fst_fast.model import GLYPH_BASE
@@ -109,7 +109,7 @@ def work_of(config: Config, live: float) -> Work:
         work.checkpoints += -(-stage.steps // config.checkpoint_every)
         fresh = pool == 0 or config.fast.at_switch == "reset"
         pool = 1.0 if fresh else pool + 1
-        if config.mode in ("fst", "gepa", "fst-distill"):
+        if evolves(config):
             for start in range(0, stage.steps, config.fast.every):
                 pool = _cycle(work, config, pool, proposals_of(config, first=not start), stage, start)
         if config.mode != "gepa":
@@ -143,13 +143,13 @@ def _cycle(work: Work, config: Config, pool: float, proposals: int, stage: Stage
     rounds = -(-proposals // fast.parallel)
     accepted = ACCEPTED * proposals
     reuses = fast.reuse and config.mode == "fst"
-    pauses = 3 if fast.race else 1
+    heats = 3 if fast.race else 1
     first, all_of_them = (scored(newcomers, problems, config) for newcomers in ([pool], [pool, accepted]))
-    pool_scores = Batch("scoring", first / pauses)
-    child_scores = Batch("scoring", (all_of_them - first) / pauses / rounds)
+    pool_scores = Batch("scoring", first / heats)
+    child_scores = Batch("scoring", (all_of_them - first) / heats / rounds)
     minibatch = Batch("minibatch", proposals / rounds * fast.minibatch)  # of the parents, and of their children
     elsewhere = [None] if fast.reflector == "openai" else []  # its edits take a step's time, too
-    turns = [pool_scores] * pauses + [minibatch, *elsewhere, minibatch, *[child_scores] * pauses] * rounds
+    turns = [pool_scores] * heats + [minibatch, *elsewhere, minibatch, *[child_scores] * heats] * rounds
     beside = fast.every if fast.filler and config.mode == "fst" and start else 0  # a turn a step
     work.batches += [replace(turn, beside=i < beside) for i, turn in enumerate(turns) if turn]
     work.rounds_beside += turns[:beside].count(None)
@@ -164,13 +164,10 @@ def _cycle(work: Work, config: Config, pool: float, proposals: int, stage: Stage
 
 
 def asked_ahead(config: Config, steps: int) -> int:
-    """Of a stage's steps, those that rollout.lookahead lets begin before: not over a pause (trainer.py)."""
+    """Of a stage's steps, those that rollout.lookahead lets begin before: not over a pause."""
     if not config.rollout.lookahead:
         return 0
-    pauses = [config.checkpoint_every, config.eval.every]
-    if config.mode in ("fst", "fst-distill"):
-        pauses.append(config.fast.every)
-    return sum(all(step % every for every in pauses) for step in range(steps))
+    return sum(all(step % every for every in pauses(config)) for step in range(steps))
 
 
 def scored(newcomers: Sequence[float], problems: int, config: Config) -> float:
@@ -470,17 +467,15 @@ def _cost(
 
 def overlapped(config: Config, speed: Speed, live: float) -> Iterator[tuple[str, float]]:
     """Flags that fill what GPUs leave idle while they wait for the longest response, and a run's seconds with them."""
-    fast, rollout = config.fast, config.rollout
     if config.mode not in ("rl", "fst"):
         return
-    if not rollout.lookahead:
-        rollout = replace(rollout, lookahead=1)
-    if config.mode == "fst" and not fast.filler and fast.every > 1:
+    fast = config.fast
+    if config.mode == "fst" and fast.every > 1:
         fast = replace(fast, filler=True)
-    for race in {fast.race: None, False: None} if config.mode == "fst" else [fast.race]:
-        changed = replace(config, rollout=rollout, fast=replace(fast, race=race))
+    for race in dict.fromkeys((fast.race, fast.race and config.mode != "fst")):  # and where it evolves, without
+        changed = replace(config, rollout=replace(config.rollout, lookahead=1), fast=replace(fast, race=race))
         flags = {
-            "--rollout.lookahead 1": rollout.lookahead != config.rollout.lookahead,
+            "--rollout.lookahead 1": not config.rollout.lookahead,
             "--fast.filler True": fast.filler != config.fast.filler,
             "--fast.race False": race != config.fast.race,
         }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fst_fast.shape import Shape, Work
+from fst_fast.shape import PassWork, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +81,9 @@ class Lengths:
     longest: int
 
     @property
-    def work(self) -> Work:
+    def work(self) -> PassWork:
         """Of one forward pass over a rollout, alone."""
-        return Work.over([(0, round(self.context) + round(self.response))], round(self.response))
+        return PassWork.over([(0, round(self.context) + round(self.response))], round(self.response))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Work:
+class PassWork:
     """What a forward pass has to compute."""
 
     tokens: int = 0
@@ -38,16 +38,16 @@ class Work:
     responses: int = 0  # tokens that the head predicts
 
     @staticmethod
-    def over(stretches: Iterable[tuple[int, int]], responses: int) -> Work:
+    def over(stretches: Iterable[tuple[int, int]], responses: int) -> PassWork:
         """Stretches [start, end) of sequences, whose tokens see all before them."""
         tokens = twice = 0
         for start, end in stretches:
             tokens += end - start
             twice += end * (end + 1) - start * (start + 1)
-        return Work(tokens, twice // 2, responses)
+        return PassWork(tokens, twice // 2, responses)
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.responses + other.responses)
+    def __add__(self, other: PassWork) -> PassWork:
+        return PassWork(self.tokens + other.tokens, self.pairs + other.pairs, self.responses + other.responses)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Shape:
         """Numbers in the KV cache per token."""
         return 2 * self.layers * self.kv_width
 
-    def forward_flops(self, work: Work) -> float:
+    def forward_flops(self, work: PassWork) -> float:
         """Of one forward pass: 2 a parameter and token, the head's for responses alone, and 4 · layers · width for the
         score of a pair and its part of the sum over values. A window does not lower it."""
         body, attention, head = self.body * work.tokens, 2 * self.layers * self.width * work.pairs, self.head

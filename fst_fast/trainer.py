@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fst_fast import checkpoint
-from fst_fast.config import Config, Stage, check, check_installed, proposals_of, stages, to_toml
+from fst_fast.config import Config, Stage, check, check_installed, evolves, pauses, proposals_of, stages, to_toml
 from fst_fast.context import check_context, room
 from fst_fast.data import make_order
 from fst_fast.errors import UserError
@@ -227,8 +227,7 @@ class Trainer:
 
     @property
     def evolves(self) -> bool:
-        """Whether GEPA cycles are interleaved with the steps."""
-        return self.config.mode in ("fst", "gepa", "fst-distill")
+        return evolves(self.config)
 
     def evolve(self, *, proposals: int | None = None) -> None:
         """One GEPA cycle with the weights as they are, on the problems of the next T batches, unless one for this step
@@ -394,10 +393,7 @@ class Trainer:
         self.ahead, after = None, self.state.step + 1
         if not self.config.rollout.lookahead or after == self.stage.end:
             return
-        pauses = [self.config.checkpoint_every, self.config.eval.every]
-        if self.evolves:
-            pauses.append(self.config.fast.every)
-        if not any(self.due(every, after=1) for every in pauses):
+        if not any(self.due(every, after=1) for every in pauses(self.config)):
             self.ahead = self._ask(after)
 
     def _fill(self) -> None:

@@ -63,7 +63,7 @@ def serving(handler: type[Handler], patch: pytest.MonkeyPatch) -> Iterator[Endpo
 
 
 def flags(server: Endpoint, run_dir: Path, **more: object) -> list[str]:
-    flags = {
+    given = {
         "reflector": "openai", "reflector.base-url": f"http://127.0.0.1:{server.server_address[1]}/v1",
         "reflector.timeout": 1.0, "reflector.retries": 0, "reflector.price-out": 50.0,
         "stream": "glyph:A@4", "run-dir": run_dir, "rollout.problems": 4, "rollout.group-size": 4,
@@ -71,7 +71,7 @@ def flags(server: Endpoint, run_dir: Path, **more: object) -> list[str]:
         "fast.proposals": 6, "fast.parallel": 6, "fast.newly-solved": 1, "eval.every": 2, "eval.problems": 8,
         "eval.samples": 1, "tensorboard": False, "progress": False,
     }  # fmt: skip
-    return [word for name, value in (flags | more).items() for word in (f"--{name}", str(value))]
+    return [word for name, value in (given | more).items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fst_fast.errors import UserError
 from fst_fast.memory import Part, activations, parts, peak
 from fst_fast.plan import Batch, PlanOptions, layout_of, phases, speed_of, target_of, work_of
 from fst_fast.rates import Hardware, Lengths, Rate, Roofline, kind_of, read_table
-from fst_fast.shape import Shape, Work, read_shape, shape_of
+from fst_fast.shape import PassWork, Shape, read_shape, shape_of
 from fst_fast.train import main, train
 from tests.models import save_tiny
 
@@ -55,7 +55,7 @@ def test_flops_are_those_of_the_products_that_torch_counts() -> None:
         lm(input_ids=torch.randint(96, (1, 50)))
     triangle = 4 * shape.layers * shape.width * 50 * 49 // 2  # the upper one: eager attention does not skip it
     norms = 2 * 50 * sum(p.numel() for p in lm.parameters() if p.ndim == 1)
-    ours = shape.forward_flops(Work.over([(0, 50)], 50)) + triangle - norms
+    ours = shape.forward_flops(PassWork.over([(0, 50)], 50)) + triangle - norms
     angles = 2 * 50 * 32 // 2  # of RoPE: a matrix product in transformers 5.17, none in 5.24
     assert counter.get_total_flops() in (pytest.approx(ours, rel=1e-6), pytest.approx(ours + angles, rel=1e-6))
 
@@ -292,7 +292,7 @@ def test_decode_time_is_near_the_simulators_for_its_own_workload() -> None:
 
 
 def test_learning_takes_the_flops_of_its_passes_over_the_rate() -> None:
-    forward = 512 * roofline().shape.forward_flops(Work.over([(0, 3200)], 2000))
+    forward = 512 * roofline().shape.forward_flops(PassWork.over([(0, 3200)], 2000))
     rate = 8 * 989e12 * 0.4
     assert roofline().learn(512, 0) == pytest.approx(4 * forward / rate)  # three of the policy, the base's one
     assert roofline(kl=False, recompute=1.0).learn(512, 0) == pytest.approx(4 * forward / rate)

@@ -23,7 +23,7 @@ from fst_fast.errors import UserError
 from fst_fast.meter import Meter, mfu, sampling_work, together
 from fst_fast.ranks import Ranks
 from fst_fast.records import Problem, Prompt, Rollout, SamplingParams, Verdict
-from fst_fast.shape import Shape, Work
+from fst_fast.shape import PassWork, Shape
 from fst_fast.telemetry import Telemetry, count, plain, print_summary, read_run, scalars
 from fst_fast.train import main
 
@@ -436,8 +436,8 @@ def test_flops_utilisation_counts_a_shared_prompt_once() -> None:
     shape = Shape("", 2, 4, 8, 8, 8, vocab=16, context=99, parameters=364, tied=True)
     prompt, other = tuple(range(5, 15)), (5, 6, 7, 40)
     sampled = sampling_work([rollout(prompt, (1, 2)), rollout(prompt, (1, 2)), rollout(other, (1,))])
-    assert sampled == Work(10 + 1 + 2 + 2 + 1, 55 + 4 + 2 * (11 + 12) + 5, 5)
-    learned = Work(100, 1000, 10)
+    assert sampled == PassWork(10 + 1 + 2 + 2 + 1, 55 + 4 + 2 * (11 + 12) + 5, 5)
+    learned = PassWork(100, 1000, 10)
     found = mfu(shape, 1e6, learned, sampled, {"learn": 2.0, "seconds": 8.0}, kl=True)
     learning = 4 * (2 * 300 * 100 + 4 * 2 * 8 * 1000 + 2 * 64 * 10)
     sampling = 2 * 300 * 16 + 4 * 2 * 8 * 110 + 2 * 64 * 5

@@ -13,7 +13,7 @@ from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.ranks import Ranks
 from fst_fast.records import Group, Rollout
-from fst_fast.shape import Work
+from fst_fast.shape import PassWork
 from fst_fast.slow.advantage import advantages, has_signal
 from fst_fast.slow.packing import packed_batches, packed_hidden, packed_tokens, packed_work, prepare
 from fst_fast.slow.policy import (
@@ -42,7 +42,7 @@ class StepReport:
     at_start: list[tuple[Rollout, torch.Tensor]] = field(default_factory=list)
     """The same by the weights that the step began with: of the first minibatch, or of a few rollouts where the training
     pass tells nothing."""
-    work: Work = field(default_factory=Work)
+    work: PassWork = field(default_factory=PassWork)
     """Of one forward pass over what was trained on, by all ranks. Empty for distillation."""
 
 
@@ -100,7 +100,7 @@ class Learner:
             denominators.append(len(part) if by_problem else sum(len(r.response_ids) for g in part for r in g.rollouts))
         start = self.policy.updates
         self._seen: list[tuple[int, Rollout, torch.Tensor]] = []
-        self._work = Work()
+        self._work = PassWork()
         metrics = self._train(minibatches, denominators, self._policy_loss)
         seen = self.ranks.join(self._seen)
         return StepReport(
@@ -110,7 +110,7 @@ class Learner:
             [(r, log) for _, r, log in seen],
             # nothing trained on: the weights are those from before
             [(r, log) for at, r, log in seen if at == start] or self._few([r for g in groups for r in g.rollouts]),
-            sum(self.ranks.join([self._work]), Work()),
+            sum(self.ranks.join([self._work]), PassWork()),
         )
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.prefix_tree import Ragged, build, trie
 from fst_fast.records import Prompt, Rollout
-from fst_fast.shape import Work
+from fst_fast.shape import PassWork
 from fst_fast.slow import tree_attention
 from fst_fast.slow.tree_attention import Span
 
@@ -64,10 +64,10 @@ def packed_hidden(model: Model, rollouts: Sequence[Rollout]) -> torch.Tensor:
     return hidden[torch.from_numpy(place).to(model.device)]
 
 
-def packed_work(rollouts: Sequence[Rollout]) -> Work:
+def packed_work(rollouts: Sequence[Rollout]) -> PassWork:
     """Of a forward pass over the rollouts' trie, as `packed_hidden` has it."""
     nodes = build([r.prompt_ids + r.response_ids[:-1] for r in rollouts], min_saving=MIN_SAVING).nodes
-    return Work.over([(node.start, node.end) for node in nodes], sum(len(r.response_ids) for r in rollouts))
+    return PassWork.over([(node.start, node.end) for node in nodes], sum(len(r.response_ids) for r in rollouts))
 
 
 def packed_batches(rollouts: Sequence[Rollout], budget: int) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ from fst_fast.config import SlowConfig
 from fst_fast.model import Model, whole
 from fst_fast.ranks import Ranks
 from fst_fast.records import Rollout
-from fst_fast.shape import Work
+from fst_fast.shape import PassWork
 
 
 class Policy:
@@ -141,10 +141,10 @@ def micro_batches(
         yield batch
 
 
-def padded_work(rollouts: Sequence[Rollout]) -> Work:
+def padded_work(rollouts: Sequence[Rollout]) -> PassWork:
     """Of a forward pass over the rollouts as rows, padding apart."""
     ends = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
-    return Work.over([(0, end) for end in ends], sum(len(r.response_ids) for r in rollouts))
+    return PassWork.over([(0, end) for end in ends], sum(len(r.response_ids) for r in rollouts))
 
 
 def padded_tokens(rollouts: Sequence[Rollout]) -> int:

@@ -17,7 +17,7 @@ from fst_fast.config import SlowConfig
 from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
-from fst_fast.shape import Work
+from fst_fast.shape import PassWork
 from fst_fast.slow import tree_attention as tree
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
@@ -194,7 +194,7 @@ def test_policy_and_base_compute_each_shared_prefix_once(models: tuple[Model, Mo
         < 0.6 * sum(len(r.prompt_ids + r.response_ids) for r in rollouts)
     )
     _, mask = seen_by([r.prompt_ids + r.response_ids[:-1] for r in rollouts], MIN_SAVING)
-    assert work == Work(computed[0], int(mask.sum()), sum(len(r.response_ids) for r in rollouts))
+    assert work == PassWork(computed[0], int(mask.sum()), sum(len(r.response_ids) for r in rollouts))
 
 
 @pytest.mark.parametrize("pack_", ["off", "on"])
