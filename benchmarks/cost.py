@@ -24,14 +24,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from measure import DEVICE, save, setting
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from weights import SHAPES, save_random
 
 from fst_fast.checkpoint import Saver
-from fst_fast.model import GLYPH_BASE
 from fst_fast.records import Answer
-from fst_fast.shape import BUILT_IN
 from fst_fast.tasks.task import Message
 from fst_fast.telemetry import SUMS, Run, read_run
 from fst_fast.train import main as train
@@ -44,8 +41,6 @@ CONFIGS = {
     "rl": ["--mode", "rl"],
 }
 COIN = random.Random(0)
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 16}
-SHAPES = BUILT_IN | {"rehearsal": BUILT_IN["qwen3-0.6b"] | SMALL}
 
 
 def main() -> None:
@@ -79,19 +74,12 @@ def workload(shape: str | None, steps: int, folder: Path) -> list[str]:
     every = {"eval.every": steps, "checkpoint-every": steps}
     if shape is None:
         return words({"stream": f"glyph:A@{steps}", **every})
-    tokenizer = AutoTokenizer.from_pretrained(GLYPH_BASE)
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(DEVICE):
-        Qwen3ForCausalLM(Qwen3Config(**SHAPES[shape], **special)).save_pretrained(folder / "model")
-    torch.set_default_dtype(torch.float32)
-    tokenizer.save_pretrained(folder / "model")
     problems = folder / "problems.jsonl"
     problems.write_text("".join(json.dumps({"problem": f"{i} + {i} = ?"}) + "\n" for i in range(2000)))
     return words({
-        "stream": f"jsonl:{problems}@{steps}", "jsonl.verifier": "python:cost:dice", "model.path": folder / "model",
-        "model.dtype": "bfloat16", "rollout.max-new-tokens": 256, "reflector.max-new-tokens": 256, "slow.lr": 1e-6,
+        "stream": f"jsonl:{problems}@{steps}", "jsonl.verifier": "python:cost:dice",
+        "model.path": save_random(shape, folder / "model"), "model.dtype": "bfloat16",
+        "rollout.max-new-tokens": 256, "reflector.max-new-tokens": 256, "slow.lr": 1e-6,
         "eval.problems": 16, "eval.samples": 1, **every,
     })  # fmt: skip
 

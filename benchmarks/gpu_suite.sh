@@ -2,9 +2,9 @@
 # bash benchmarks/gpu_suite.sh [PART ...] [OUT_DIR]: correctness of every kernel on this GPU, then the benchmarks.
 #
 # Parts: correct, tests (tests/kernels, here on the GPU), tree, kernels (qwen3-8b, qwen3-0.6b, llama-3.1-8b and
-# gemma-2-9b, each a part of its own), engine, step, train, cost, rates, tune; all of them without one. Each stays under
-# FST_LIMIT seconds (570), and writes a log and JSON into OUT_DIR (benchmarks/results/GPU-COMMIT). A part that fails does
-# not stop the others; the exit status says whether one failed.
+# gemma-2-9b, each a part of its own), engine, step, train, cost, vllm (where it is installed), rates, tune; all of
+# them without one. Each stays under FST_LIMIT seconds (570), and writes a log and JSON into OUT_DIR
+# (benchmarks/results/GPU-COMMIT). A part that fails does not stop the others; the exit status says whether one failed.
 # Without a GPU, or with FST_SUITE=quick, everything is small: a rehearsal that takes minutes.
 #
 # Needs no install: python3 (or PYTHON) with torch runs the code where it lies. FST_WHEELS names a folder of wheels to
@@ -15,10 +15,10 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 limit="${FST_LIMIT:-570}"
 kernels=(qwen3-8b qwen3-0.6b llama-3.1-8b gemma-2-9b)
-all=(correct tests tree "${kernels[@]}" engine step train cost rates tune)
+all=(correct tests tree "${kernels[@]}" engine step train cost vllm rates tune)
 
 usage() {
-  echo "gpu_suite.sh: $1; parts: correct tests tree kernels ${kernels[*]} engine step train cost rates tune" >&2
+  echo "gpu_suite.sh: $1; parts: correct tests tree kernels ${kernels[*]} engine step train cost vllm rates tune" >&2
   exit 2
 }
 
@@ -56,7 +56,7 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 quick=$([ "${FST_SUITE:-}" = quick ] && echo 1)
 if [ ${#parts[@]} = 0 ]; then
   parts=("${all[@]}")
-  [ -z "$quick" ] || parts=(correct tests tree qwen3-8b gemma-2-9b engine step train cost rates tune)
+  [ -z "$quick" ] || parts=(correct tests tree qwen3-8b gemma-2-9b engine step train cost vllm rates tune)
 fi
 commit="${FST_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}"
 name="$(echo "${gpu:-cpu}" | tr 'A-Z ' 'a-z-' | sed 's/^nvidia-//')-$commit${quick:+-quick}"
@@ -106,13 +106,24 @@ train() {
     cp "$run/metrics.jsonl" "$out/train.jsonl" && rm -rf "$run"
 }
 
-cost() { # a cycle of FST and steps of 33k tokens; the random weights, 3.4 GB, lie in memory where there is room
-  local folder="${TMPDIR:-/tmp}" options=(--shape qwen3-1.7b --steps 4 --only fst --rollout.problems 32 --rollout.max-new-tokens 128)
+cost() { # [ENGINE]: a cycle of FST and its steps; the random weights, 3.4 GB, lie in memory where there is room
+  local folder="${TMPDIR:-/tmp}" engine="${1:-torch}" tokens=128
+  [ "$engine" = torch ] || tokens=512 # the embedded engine needs 40 ms a token of all
+  local options=(--shape qwen3-1.7b --steps 4 --only fst --rollout.problems 32 --rollout.max-new-tokens "$tokens")
   options+=(--reflector.max-new-tokens 128 --fast.every 4 --fast.proposals 4 --fast.first-proposals 4)
+  options+=(--slow.micro-tokens 8192 --rollout.engine "$engine" --rollout.gpu-memory 0.3) # fit 80 GB
   [ -z "$quick" ] || options=(--shape rehearsal --steps 2 --only fst --rollout.problems 4 --rollout.max-new-tokens 8
-    --reflector.max-new-tokens 8 --fast.every 2 --fast.first-proposals 2)
+    --reflector.max-new-tokens 8 --fast.every 2 --fast.first-proposals 2 --rollout.engine "$engine")
   [ "$(df -Pk /dev/shm 2>/dev/null | awk 'END {print int($4)}')" -lt 8000000 ] || folder=/dev/shm
-  TMPDIR="$folder" "$python" benchmarks/cost.py "${options[@]}" --json "$out/cost.json"
+  TMPDIR="$folder" "$python" benchmarks/cost.py "${options[@]}" --json "$out/cost-$engine.json"
+}
+
+vllm() { # the engine alone at the size of its user, then cost's run with it
+  local shape=qwen3-8b folder="${TMPDIR:-/tmp}"
+  "$python" -c 'import vllm' 2>/dev/null || { echo "vllm is not installed: left out"; return; }
+  [ -z "$quick" ] || shape=rehearsal
+  [ "$(df -Pk /dev/shm 2>/dev/null | awk 'END {print int($4)}')" -lt 20000000 ] || folder=/dev/shm
+  TMPDIR="$folder" "$python" benchmarks/gpu_vllm.py "$shape" --gpu-memory 0.6 && cost vllm
 }
 
 rates() { # into a copy of the table; fst_fast/rates.json is what `train --plan` reads
@@ -127,7 +138,7 @@ tune() {
 
 run() { # PART: under the time limit, in a shell of its own
   case "$1" in
-    correct | tests | tree | engine | step | train | cost | rates | tune) "$1" ;;
+    correct | tests | tree | engine | step | train | cost | vllm | rates | tune) "$1" ;;
     *) kernels "$1" ;;
   esac
 }
