@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from measure import DEVICE, save, setting
 from weights import SHAPES, save_random
 
@@ -124,6 +125,9 @@ def measured(run: Run, whole: int) -> dict[str, Any]:
         "mfu": run.utilisation("mfu", "learn"),
         "mfu_later": replace(run, steps=run.steps[1:]).utilisation("mfu", "learn"),  # the first step compiles kernels
         "joules": spent.get("joules"),
+        # as NVML sees it, and of it what torch had handed out; vLLM's part comes and goes
+        "memory_gib": max((r["memory"] for r in run.steps if "memory" in r), default=0) / 2**30,
+        "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
         "max_new_tokens": run.config["rollout"]["max_new_tokens"],
         "engine": run.config["rollout"]["engine"],
     }

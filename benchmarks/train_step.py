@@ -16,14 +16,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 from unittest.mock import patch
 
 import torch
 from measure import DEVICE, interleaved, medians, peak_bytes_of, save, setting
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fst_fast.config import SlowConfig
+from fst_fast.config import Recompute, SlowConfig
 from fst_fast.model import Model, fuse_layers
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
 from fst_fast.shape import PassWork, shape_of
@@ -32,6 +32,7 @@ from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
 from fst_fast.slow.packing import packed_batches, packed_work
 from fst_fast.slow.policy import Policy, micro_batches, padded_work
+from fst_fast.slow.sharding import recompute
 
 # hidden, layers, heads, KV heads, head dim, intermediate, vocabulary: tiny is the one of rollouts.md, its vocabulary as
 # small against its layers as Qwen3-8B's; the others are those of their config.json
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--responses", type=int, nargs="+", default=[500, 1000], help="tokens of a response: mean")
     parser.add_argument("--spread", type=float, default=0.0, help="sigma of the lognormal response lengths")
     parser.add_argument("--micro-tokens", type=int, default=16384)
+    parser.add_argument("--recompute", choices=get_args(Recompute), default="off", help="activation checkpointing")
     parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the exact KL: a second forward pass")
     parser.add_argument(
         "--attention", choices=ATTENTION, nargs="+", default=[], help="other ways for packed rows, on a GPU"
@@ -70,7 +72,10 @@ def main() -> None:
         f"{args.shape}, {args.prompts} prompts of {args.prompt} + {args.problem} tokens x {args.problems} problems, ",
         end="",
     )
-    print(f"{args.loss}, kl {args.kl:g}, {args.micro_tokens} tokens a micro-batch, {DEVICE}, {setting()}")
+    print(
+        f"{args.loss}, kl {args.kl:g}, recompute {args.recompute}, {args.micro_tokens} tokens a micro-batch, ", end=""
+    )
+    print(f"{DEVICE}, {setting()}")
     columns = {"response": 8, "": 8, "tokens run": 11, "live": 6, "batches": 8, "wall s": 9, "CPU s": 9, "peak MB": 9}
     print("".join(f" {name:>{width - 1}}" for name, width in columns.items()), "  MFU" if DEVICE == "cuda" else "")
     results = {str(length): measure(args, length) for length in args.responses}
@@ -81,6 +86,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
     """All ways on the same rollouts and the same weights."""
     model = random_model(args.shape, 0, args.plain_layers)
+    recompute(model, args.recompute)
     shape = shape_of(model.config, sum(p.numel() for p in model.lm.parameters()), args.shape)
     base = random_model(args.shape, 1, args.plain_layers) if args.kl else model
     groups = make_groups(model, args, length)
