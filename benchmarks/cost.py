@@ -12,8 +12,8 @@ Whatever else is given goes to the trainer (--rollout.problems 8 ...).
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import os
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +59,8 @@ def main() -> None:
         for i, name in enumerate(args.only):
             run_dir = Path(folder) / f"run-{i}"
             common = {"run-dir": run_dir, "threads": args.threads, "progress": False, "tensorboard": False}
-            with redirect_stdout(io.StringIO()), random_weights() if args.shape else nullcontext():
+            quiet = redirect_stdout(open(os.devnull, "w"))  # a real file: vLLM asks for its descriptor
+            with quiet, random_weights() if args.shape else nullcontext():
                 train([*words(common), *flags, *CONFIGS[name]])
             results[name] = measured(read_run(run_dir), args.whole)
     title = f"{args.shape or 'embedded model'}, {args.steps} steps, {DEVICE}, {args.threads} thread(s)"
@@ -126,7 +127,7 @@ def measured(run: Run, whole: int) -> dict[str, Any]:
         "mfu_later": replace(run, steps=run.steps[1:]).utilisation("mfu", "learn"),  # the first step compiles kernels
         "joules": spent.get("joules"),
         # as NVML sees it, and of it what torch had handed out; vLLM's part comes and goes
-        "memory_gib": max((r["memory"] for r in run.steps if "memory" in r), default=0) / 2**30,
+        "memory_gib": max(r["time"].get("memory", 0) for r in run.steps) / 2**30,
         "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
         "max_new_tokens": run.config["rollout"]["max_new_tokens"],
         "engine": run.config["rollout"]["engine"],

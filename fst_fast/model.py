@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -273,11 +273,9 @@ def fuse_layers(lm: Any) -> bool:
         return False
     if lm.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return False
-    ids = torch.arange(32, device=lm.device)[None] % lm.config.get_text_config().vocab_size
-    with torch.no_grad():
-        before = lm.base_model(input_ids=ids).last_hidden_state.float()
-        _apply_liger_kernel_to_instance(lm, cross_entropy=False, fused_linear_cross_entropy=False)
-        after = lm.base_model(input_ids=ids).last_hidden_state.float()
+    before = _through_two_layers(lm)
+    _apply_liger_kernel_to_instance(lm, cross_entropy=False, fused_linear_cross_entropy=False)
+    after = _through_two_layers(lm)
     apart = float((after - before).norm() / before.norm())
     if not apart < (1e-4 if lm.dtype == torch.float32 else 0.05):
         raise UserError(
@@ -285,6 +283,22 @@ def fuse_layers(lm: Any) -> bool:
             "norm off; install a version made for this transformers, or uninstall it"
         )
     return True
+
+
+@torch.no_grad()
+def _through_two_layers(lm: Any) -> torch.Tensor:
+    """Final hidden states of the model's first layers: through all 36 of a random Qwen3-8B what bf16 rounds away grows
+    to 5 % of them (measured on an H100), through two it stays far below what another computation would change."""
+    decoder = lm.base_model
+    ids = torch.arange(32, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    layers = getattr(decoder, "layers", None)
+    try:
+        if layers is not None:
+            decoder.layers = layers[:2]
+        return cast(torch.Tensor, decoder(input_ids=ids).last_hidden_state.float())
+    finally:
+        if layers is not None:
+            decoder.layers = layers
 
 
 def model_folder(path: str) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fst_fast.errors import UserError
-from fst_fast.model import load_model
+from fst_fast.model import _through_two_layers, load_model
 from fst_fast.rollout import torch_engine
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.torch_engine import TorchEngine
@@ -87,3 +87,22 @@ def test_the_head_gives_the_models_own_logits(tmp_path: Path) -> None:
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert torch.allclose(model.logits(model.hidden(ids)[0]), model.lm(input_ids=ids).logits[0], atol=1e-5)
+
+
+def test_liger_is_judged_by_two_layers_which_leaves_the_model_whole() -> None:
+    """bf16's rounding grows with depth until another computation could not be told from it."""
+    lm = load_model("").lm
+    ran = [0] * len(lm.model.layers)
+
+    def count(i: int) -> None:
+        ran[i] += 1
+
+    for i, layer in enumerate(lm.model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: count(i))
+    states = _through_two_layers(lm)
+    assert ran == [1, 1] + [0] * (len(ran) - 2)
+    assert len(ran) > 2
+    lm.model(torch.arange(32)[None] % lm.config.vocab_size)
+    assert ran == [2, 2] + [1] * (len(ran) - 2)
+    lm.model.layers = lm.model.layers[:2]
+    assert torch.equal(states, lm.model(torch.arange(32)[None] % lm.config.vocab_size).last_hidden_state)

@@ -201,6 +201,8 @@ def _set_environment(on_cpu: bool) -> None:
     """What vLLM reads when it is imported, in this process as all else."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the run has a display of its own
+    # FlashInfer samples from a top p or k, which no request here has; imported all the same, and built for minutes
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     # Unless this says so, 0.32 leaves the process one thread on a GPU (an offloaded optimizer has use for more), and on
     # the CPU takes all cores, where threads beyond the trainer's spin against each other.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
