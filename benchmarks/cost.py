@@ -59,8 +59,8 @@ def main() -> None:
         for i, name in enumerate(args.only):
             run_dir = Path(folder) / f"run-{i}"
             common = {"run-dir": run_dir, "threads": args.threads, "progress": False, "tensorboard": False}
-            quiet = redirect_stdout(open(os.devnull, "w"))  # a real file: vLLM asks for its descriptor
-            with quiet, random_weights() if args.shape else nullcontext():
+            patched = random_weights() if args.shape else nullcontext()
+            with open(os.devnull, "w") as quiet, redirect_stdout(quiet), patched:  # vLLM asks for its descriptor
                 train([*words(common), *flags, *CONFIGS[name]])
             results[name] = measured(read_run(run_dir), args.whole)
     title = f"{args.shape or 'embedded model'}, {args.steps} steps, {DEVICE}, {args.threads} thread(s)"
@@ -147,6 +147,8 @@ def show(results: Mapping[str, Mapping[str, Any]], whole: int) -> None:
     print(" " * 14 + "".join(f"{r['device_hours']:16.3f}        " for r in results.values()))
     print(f"{'live groups':14}" + "".join(f"{r['live_groups']:16.0%}        " for r in results.values()))
     print(f"{'tokens':14}" + "".join(f"{r['tokens']:16,}        " for r in results.values()))
+    if DEVICE == "cuda":
+        print(f"{'peak GiB':14}" + "".join(f"{r['memory_gib']:16.1f}        " for r in results.values()))
     if all(r["mfu_later"] is not None for r in results.values()):
         print(f"{'MFU of learn':14}" + "".join(f"{r['mfu_later']:16.1%}        " for r in results.values()))
         print("  after the first step, which compiles kernels")
