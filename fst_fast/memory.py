@@ -30,6 +30,7 @@ class Layout:
 
     gpus: int
     recompute: Recompute
+    fused: bool  # layers by Liger's kernels
     offload: bool  # masters and moments in the CPU's memory
     bytes: int  # of a weight
     micro_tokens: int
@@ -41,14 +42,17 @@ class Layout:
     gpu_bytes: float
 
 
-def activations(shape: Shape, recompute: Recompute, tokens: int, size: int) -> float:
+def activations(shape: Shape, recompute: Recompute, tokens: int, size: int, *, fused: bool) -> float:
     """Bytes kept for the backward pass of so many tokens through all layers, weights and activations of `size` bytes.
 
-    Counted in transformers' Qwen3 (test_plan.py counts again): RMSNorm keeps its fp32 input. Selective keeps the
-    products and the attention's result, full a layer's input and one layer in full.
+    Counted in transformers' Qwen3 (test_plan.py counts again): RMSNorm keeps its fp32 input. Liger's keeps what comes
+    and what goes, its SwiGLU no SiLU, its RoPE nothing. Selective keeps the products and the attention's result, full
+    a layer's input and one layer in full.
     """
     h, i, w = shape.hidden, shape.intermediate, shape.width + shape.kv_width
     layer = (8 + 4 * size) * h + 4 * size * i + (4 + 3 * size) * w
+    if fused:
+        layer = size * (4 * h + 3 * i + 3 * w)
     kept = {
         "off": layer * shape.layers,
         "selective": size * (2 * h + 2 * i + 2 * w) * shape.layers + layer,
@@ -64,7 +68,7 @@ def parts(shape: Shape, at: Layout) -> list[Part]:
     sharded = at.gpus > 1 or at.offload
     share, tokens = n / at.gpus, max(at.micro_tokens, at.tokens)
     layer = (shape.body / shape.layers) * size
-    kept = activations(shape, at.recompute, tokens, size)
+    kept = activations(shape, at.recompute, tokens, size, fused=at.fused)
     out = [Part("CUDA context and libraries", CONTEXT, "always")]
     if not at.offload:
         if not sharded and size < 4:

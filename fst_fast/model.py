@@ -14,6 +14,8 @@ from fst_fast.buckets import gathered
 from fst_fast.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fst_fast.tasks.task import Message
 
 GLYPH_BASE = Path(__file__).parent / "assets" / "glyph-base"
@@ -307,6 +309,12 @@ def model_folder(path: str) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path: {folder} is not a Hugging Face model folder (it has no config.json)")
     return folder
+
+
+def on_device(x: torch.Tensor | np.ndarray | Sequence[Any], device: torch.device) -> torch.Tensor:
+    """A tensor of host memory on `device`, without waiting for what a GPU still computes, as a plain copy does."""
+    here = torch.as_tensor(x)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:

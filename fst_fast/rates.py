@@ -118,6 +118,8 @@ class Roofline:
         iteration = self.bytes * (s.body + s.head) / h.bandwidth
         if self.eager:
             iteration = max(iteration, s.layers * h["torch_layer_us"] * 1e-6)
+        else:
+            iteration += h["iteration_us"] * 1e-6
         per_token = h["sequence_us"] * 1e-6 + self.bytes * s.kv_elements * (n.context + n.response) / h.bandwidth
         prefill = 2.0 * s.body * each * n.own / (h.peak * h["prefill_mfu"])
         return prefill + iterations * iteration + each * n.response * per_token

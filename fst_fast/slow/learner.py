@@ -10,18 +10,19 @@ import torch
 
 from fst_fast.config import SlowConfig
 from fst_fast.errors import UserError
-from fst_fast.model import Model
+from fst_fast.model import Model, on_device
 from fst_fast.ranks import Ranks
 from fst_fast.records import Group, Rollout
 from fst_fast.shape import PassWork
 from fst_fast.slow.advantage import advantages, has_signal
-from fst_fast.slow.packing import packed_batches, packed_hidden, packed_tokens, packed_work, prepare
+from fst_fast.slow.packing import packed_batches, packed_states, packed_tokens, packed_work, prepare
 from fst_fast.slow.policy import (
     Policy,
+    States,
     micro_batches,
     padded_tokens,
     padded_work,
-    response_hidden,
+    response_states,
     response_targets,
     shared_batches,
 )
@@ -56,8 +57,8 @@ class Sample:
     teacher: tuple[int, ...] | None = None  # distillation: the context under which the teacher judges the response
 
 
-Hidden = Callable[[Model, Sequence[Rollout]], torch.Tensor]  # states that predict the responses, [N, H]
-LossOf = Callable[[list[Sample], float], tuple[torch.Tensor, dict[str, float]]]  # (micro-batch, denominator)
+Metrics = dict[str, torch.Tensor]  # numbers on the model's device: to read one waits for all that it computes
+LossOf = Callable[[list[Sample], float], tuple[torch.Tensor, Metrics]]  # (micro-batch, denominator)
 
 
 class Learner:
@@ -70,7 +71,8 @@ class Learner:
     def __init__(self, policy: Policy, base: Model, config: SlowConfig, ranks: Ranks | None = None):
         self.policy, self.base, self.config, self.ranks = policy, base, config, ranks or Ranks()
         self._packs = config.pack != "off" and self._can_pack()
-        self._hidden: Hidden = packed_hidden if self._packs else response_hidden
+        self._states: Callable[[Sequence[Rollout], torch.device], States]
+        self._states = packed_states if self._packs else response_states
         self._work_of = packed_work if self._packs else padded_work
 
     def _can_pack(self) -> bool:
@@ -99,10 +101,11 @@ class Learner:
             minibatches.append(samples)
             denominators.append(len(part) if by_problem else sum(len(r.response_ids) for g in part for r in g.rollouts))
         start = self.policy.updates
-        self._seen: list[tuple[int, Rollout, torch.Tensor]] = []
+        self._seen: list[tuple[int, list[Rollout], torch.Tensor]] = []
         self._work = PassWork()
         metrics = self._train(minibatches, denominators, self._policy_loss)
-        seen = self.ranks.join(self._seen)
+        own = [(at, r, log) for at, rollouts, logs in self._seen for r, log in by_rollout(rollouts, logs)]
+        seen = self.ranks.join(own)
         return StepReport(
             len(groups),
             sum(map(has_signal, groups)),
@@ -122,7 +125,7 @@ class Learner:
         found: dict[int, torch.Tensor] = {}
         for indices, counts in self._micro_batches(rollouts):
             micro = [rollouts[i] for i in indices]
-            hidden = self._hidden(self.policy.model, micro)
+            hidden = self._states(micro, self.policy.model.device)(self.policy.model)
             now = linear_token_logprobs(
                 hidden,
                 head.weight,
@@ -132,7 +135,8 @@ class Learner:
                 softcap=head.softcap,
             )
             if counts:
-                found |= dict(zip(indices, [ratios for _, ratios in by_rollout(micro, now.logprobs)], strict=True))
+                ratios = now.logprobs - behaviour_logprobs(micro, hidden.device)
+                found |= dict(zip(indices, [ratio for _, ratio in by_rollout(micro, ratios)], strict=True))
         return [ratios for _, ratios in sorted(self.ranks.join(list(found.items())), key=lambda item: item[0])]
 
     def distill(
@@ -171,16 +175,18 @@ class Learner:
             if not samples:
                 continue
             rollouts, teachers = [s.rollout for s in samples], [s.teacher for s in samples if s.teacher]
+            found: list[tuple[int, torch.Tensor, Metrics]] = []  # read when all is launched
             for indices, counts in self._micro_batches(rollouts, teachers):
                 micro = [samples[i] if counts else replace(samples[i], weight=0.0) for i in indices]
                 tokens = sum(len(s.rollout.response_ids) for s in micro)
                 loss, metrics = loss_of(micro, denominator)
                 loss.backward()
-                if not counts:
-                    continue
-                sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
+                if counts:
+                    found.append((tokens, loss.detach(), metrics))
+            for tokens, loss, metrics in found:
+                sums["loss"] = sums.get("loss", 0.0) + float(loss)
                 for name, value in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + value * tokens
+                    sums[name] = sums.get(name, 0.0) + float(value) * tokens
                 sums["tokens"] += tokens
             norm += self.policy.update()
             updates += 1
@@ -200,27 +206,32 @@ class Learner:
             return shared_batches(self.ranks, rollouts, packed_batches(rollouts, budget), packed_tokens)
         return shared_batches(self.ranks, rollouts, micro_batches(rollouts, budget, teachers or None), padded_tokens)
 
-    def _policy_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def _policy_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, Metrics]:
         rollouts = [s.rollout for s in micro]
         model, head, device = self.policy.model, self.policy.model.head, self.policy.model.device
-        lengths = torch.tensor([len(r.response_ids) for r in rollouts], device=device)
+        states, behaviour = self._states(rollouts, device), behaviour_logprobs(rollouts, device)
+        lengths = torch.tensor([len(r.response_ids) for r in rollouts])
+
+        def of_tokens(values: list[float]) -> torch.Tensor:
+            return on_device(torch.tensor(values).repeat_interleave(lengths), device)
+
         ref_hidden = ref_weight = ref_bias = None
         if self.config.kl_coef:
             ref = self.base.head
             ref_weight, ref_bias = ref.weight, ref.bias
             with torch.no_grad():
-                ref_hidden = self._hidden(self.base, rollouts)
+                ref_hidden = states(self.base)
         out = linear_policy_loss(
-            self._hidden(model, rollouts),
+            states(model),
             head.weight,
             response_targets(rollouts, device),
-            torch.tensor([p for r in rollouts for p in r.logprobs], device=device),
-            torch.tensor([s.advantage for s in micro], device=device).repeat_interleave(lengths),
+            behaviour,
+            of_tokens([s.advantage for s in micro]),
             kind=self.config.loss,
             weight_max=self.config.weight_max,
             clip_low=self.config.clip_low,
             clip_high=self.config.clip_high,
-            token_weights=torch.tensor([s.weight for s in micro], device=device).repeat_interleave(lengths),
+            token_weights=of_tokens([s.weight for s in micro]),
             entropy_coef=self.config.entropy_coef,
             ref_hidden=ref_hidden,
             ref_weight=ref_weight,
@@ -239,24 +250,28 @@ class Learner:
         }
         assert out.logprobs is not None
         if micro[0].weight:  # not an idle rank's
-            self._seen += [(self.policy.updates, r, log) for r, log in by_rollout(rollouts, out.logprobs)]
+            self._seen.append((self.policy.updates, rollouts, out.logprobs - behaviour))
             self._work += self._work_of(rollouts)
-        return out.loss, {ours: float(out.metrics[theirs]) for ours, theirs in names.items() if theirs in out.metrics}
+        return out.loss, {ours: out.metrics[theirs] for ours, theirs in names.items() if theirs in out.metrics}
 
-    def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
-        rollouts = [s.rollout for s in micro]
+    def _distill_loss(self, micro: list[Sample], denominator: float) -> tuple[torch.Tensor, Metrics]:
+        rollouts, model = [s.rollout for s in micro], self.policy.model
+        contexts = [s.teacher or s.rollout.prompt_ids for s in micro]
         with torch.no_grad():
-            teacher = response_hidden(self.base, rollouts, [s.teacher or s.rollout.prompt_ids for s in micro])
-        kl = token_kl(self.policy.model, response_hidden(self.policy.model, rollouts), self.base, teacher, rollouts)
-        weights = torch.tensor([s.weight for s in micro for _ in s.rollout.response_ids], device=kl.device)
-        return (kl * weights).sum() / denominator, {"kl_teacher": float(kl.detach().mean())}
+            teacher = response_states(rollouts, model.device, contexts)(self.base)
+        kl = token_kl(model, response_states(rollouts, model.device)(model), self.base, teacher, rollouts)
+        weights = on_device([s.weight for s in micro for _ in s.rollout.response_ids], kl.device)
+        return (kl * weights).sum() / denominator, {"kl_teacher": kl.detach().mean()}
 
 
-def by_rollout(rollouts: Sequence[Rollout], logprobs: torch.Tensor) -> list[tuple[Rollout, torch.Tensor]]:
-    """log ρ_t = present − behaviour log-prob in host memory, each rollout with its own [tokens]; `logprobs` [N] runs
-    over all."""
-    behaviour = torch.tensor([p for r in rollouts for p in r.logprobs], device=logprobs.device)
-    parts = (logprobs - behaviour).cpu().split([len(r.response_ids) for r in rollouts])
+def behaviour_logprobs(rollouts: Sequence[Rollout], device: torch.device) -> torch.Tensor:
+    """Of the responses' tokens when they were sampled, fp32 [N]."""
+    return on_device([p for r in rollouts for p in r.logprobs], device)
+
+
+def by_rollout(rollouts: Sequence[Rollout], log_ratios: torch.Tensor) -> list[tuple[Rollout, torch.Tensor]]:
+    """log ρ_t in host memory, each rollout with its own [tokens]; `log_ratios` [N] runs over all."""
+    parts = log_ratios.cpu().split([len(r.response_ids) for r in rollouts])
     return list(zip(rollouts, parts, strict=True))
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from fst_fast.errors import UserError
-from fst_fast.model import Model
+from fst_fast.model import Model, on_device
 from fst_fast.prefix_tree import Ragged, build, trie
 from fst_fast.records import Prompt, Rollout
 from fst_fast.shape import PassWork
 from fst_fast.slow import tree_attention
+from fst_fast.slow.policy import States
 from fst_fast.slow.tree_attention import Span
 
 MIN_SAVING = 32  # tokens that a shared stretch must save: each is one more attention call a layer
@@ -55,17 +56,19 @@ def pack(sequences: Sequence[Sequence[int]], *, min_saving: int = MIN_SAVING) ->
     )
 
 
-def packed_hidden(model: Model, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """`policy.response_hidden` over the rollouts' trie: the same states [N, H], shared prefixes computed once."""
+def packed_states(rollouts: Sequence[Rollout], device: torch.device) -> States:
+    """`policy.response_states` over the rollouts' trie: the same states [N, H], shared prefixes computed once."""
     # the last token predicts nothing that is needed
     packed = pack([r.prompt_ids + r.response_ids[:-1] for r in rollouts])
-    hidden = _hidden(model, packed)
-    place = np.concatenate([packed.places[i][len(r.prompt_ids) - 1 :] for i, r in enumerate(rollouts)])
-    return hidden[torch.from_numpy(place).to(model.device)]
+    place = on_device(
+        np.concatenate([packed.places[i][len(r.prompt_ids) - 1 :] for i, r in enumerate(rollouts)]), device
+    )
+    states = _states(packed, device)
+    return lambda model: states(model)[place]
 
 
 def packed_work(rollouts: Sequence[Rollout]) -> PassWork:
-    """Of a forward pass over the rollouts' trie, as `packed_hidden` has it."""
+    """Of a forward pass over the rollouts' trie, as `packed_states` has it."""
     nodes = build([r.prompt_ids + r.response_ids[:-1] for r in rollouts], min_saving=MIN_SAVING).nodes
     return PassWork.over([(node.start, node.end) for node in nodes], sum(len(r.response_ids) for r in rollouts))
 
@@ -136,14 +139,15 @@ def _error(model: Model) -> float:
     alone = [model.hidden(torch.tensor([row], device=model.device))[0] for row in rows]
     packed = pack(rows)
     tree_attention.install(model.lm)
-    together = _hidden(model, packed)
+    together = _states(packed, model.device)(model)
     return max(
         float((together[torch.from_numpy(place).to(model.device)] - x).abs().max() / x.abs().max())
         for x, place in zip(alone, packed.places, strict=True)
     )
 
 
-def _hidden(model: Model, packed: Packed) -> torch.Tensor:
+def _states(packed: Packed, device: torch.device) -> States:
     """Final hidden states [N, H] of the packed tokens."""
-    ids, positions = (torch.from_numpy(x)[None].to(model.device) for x in (packed.ids, packed.positions))
-    return model.hidden(ids, position_ids=positions, **tree_attention.inputs(packed.spans, model.device))[0]
+    ids, positions = (on_device(x, device)[None] for x in (packed.ids, packed.positions))
+    inputs = tree_attention.inputs(packed.spans, device)
+    return lambda model: model.hidden(ids, position_ids=positions, **inputs)[0]

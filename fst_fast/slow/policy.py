@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fst_fast.config import SlowConfig
-from fst_fast.model import Model, whole
+from fst_fast.model import Model, on_device, whole
 from fst_fast.ranks import Ranks
 from fst_fast.records import Rollout
 from fst_fast.shape import PassWork
@@ -94,10 +94,13 @@ class Policy:
         self._publish()
 
 
-def response_hidden(
-    model: Model, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]] | None = None
-) -> torch.Tensor:
-    """Hidden states [N, H] that predict the responses' tokens, rollout after rollout, N = their total length.
+States = Callable[[Model], torch.Tensor]  # a model's hidden states [N, H] that predict the responses' tokens
+
+
+def response_states(
+    rollouts: Sequence[Rollout], device: torch.device, contexts: Sequence[tuple[int, ...]] | None = None
+) -> States:
+    """Of the responses' tokens, rollout after rollout, N = their total length; for any number of models.
 
     `contexts` replaces the rollouts' own prompts (distillation: the same response under another prompt).
     Right padding under a causal mask needs no mask of its own.
@@ -105,19 +108,24 @@ def response_hidden(
     heads = contexts if contexts is not None else [r.prompt_ids for r in rollouts]
     rows = [head + r.response_ids for head, r in zip(heads, rollouts, strict=True)]
     width = max(map(len, rows)) - 1  # the last token predicts nothing that is needed
-    ids = torch.tensor([(row + (0,) * width)[:width] for row in rows], device=model.device)
-    hidden = model.hidden(ids, use_cache=False)
-    row = torch.tensor([i for i, r in enumerate(rollouts) for _ in r.response_ids], device=model.device)
-    column = torch.tensor(
-        [len(h) - 1 + t for h, r in zip(heads, rollouts, strict=True) for t in range(len(r.response_ids))],
-        device=model.device,
+    ids = on_device([(row + (0,) * width)[:width] for row in rows], device)
+    row = on_device([i for i, r in enumerate(rollouts) for _ in r.response_ids], device)
+    column = on_device(
+        [len(h) - 1 + t for h, r in zip(heads, rollouts, strict=True) for t in range(len(r.response_ids))], device
     )
-    return hidden[row, column]
+    return lambda model: model.hidden(ids, use_cache=False)[row, column]
+
+
+def response_hidden(
+    model: Model, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]] | None = None
+) -> torch.Tensor:
+    """`response_states` of one model."""
+    return response_states(rollouts, model.device, contexts)(model)
 
 
 def response_targets(rollouts: Sequence[Rollout], device: torch.device) -> torch.Tensor:
-    """Token ids [N] of the responses, in the order of `response_hidden`."""
-    return torch.tensor([t for r in rollouts for t in r.response_ids], device=device)
+    """Token ids [N] of the responses, in the order of `response_states`."""
+    return on_device([t for r in rollouts for t in r.response_ids], device)
 
 
 def micro_batches(

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fst_fast.model import on_device
+
 NAME = "fst_tree"
 COPIED_KEYS = 2**16  # tokens in one call on a GPU: with 8 KV heads for 32 of 128, its copies and gradients take 1.6 GB
 
@@ -67,12 +69,12 @@ def _paths(spans: list[Span], device: torch.device) -> list[Paths]:
     for nodes in calls:
         mine = [span.end - span.start for span in spans[begin : begin + len(nodes)]]
         seen = [len(keys) for keys in nodes]
-        cu_q, cu_k = (torch.tensor(np.cumsum([0, *x]), dtype=torch.int32, device=device) for x in (mine, seen))
+        cu_q, cu_k = (on_device(np.cumsum([0, *x]).astype(np.int32), device) for x in (mine, seen))
         start = spans[begin].start
         out.append(
             Paths(
                 slice(start, start + sum(mine)),
-                torch.from_numpy(np.concatenate(nodes)).to(device),
+                on_device(np.concatenate(nodes), device),
                 cu_q,
                 cu_k,
                 max(2, *mine),  # 1 would have the kernel fold heads into queries: another layout, for nothing

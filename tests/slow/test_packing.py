@@ -21,8 +21,8 @@ from fst_fast.shape import PassWork
 from fst_fast.slow import tree_attention as tree
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
-from fst_fast.slow.packing import MIN_SAVING, pack, packed_batches, packed_hidden, prepare
-from fst_fast.slow.policy import response_hidden
+from fst_fast.slow.packing import MIN_SAVING, pack, packed_batches, packed_states, prepare
+from fst_fast.slow.policy import response_hidden, response_states
 from tests.models import tiny
 from tests.slow.test_learner import Recorder
 
@@ -126,7 +126,7 @@ def test_in_float64_hidden_states_are_those_of_separate_sequences(models: tuple[
     model.lm.double()
     try:
         rollouts = [r for g in groups_of(model) for r in g.rollouts]
-        ours, theirs = packed_hidden(model, rollouts).detach(), response_hidden(model, rollouts).detach()
+        ours, theirs = packed_states(rollouts, model.device)(model).detach(), response_hidden(model, rollouts).detach()
         assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-12
     finally:
         model.lm.float()
@@ -225,4 +225,4 @@ def test_a_model_that_cannot_is_refused_or_left_unpacked(family: str, why: str, 
     with pytest.raises(UserError, match=f"{why}; use --slow.pack off"):
         Learner(Recorder(model, config), model, config)
     auto = replace(config, pack="auto")
-    assert Learner(Recorder(model, auto), model, auto)._hidden is response_hidden
+    assert Learner(Recorder(model, auto), model, auto)._states is response_states

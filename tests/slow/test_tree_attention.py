@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from fst_fast.errors import UserError
 from fst_fast.model import Model, load_model
 from fst_fast.slow import tree_attention as tree
-from fst_fast.slow.packing import Packed, _hidden, pack, prepare
+from fst_fast.slow.packing import Packed, _states, pack, prepare
 from tests.models import save_tiny, tiny
 from tests.slow.test_packing import seen_by, tries
 
@@ -202,7 +202,7 @@ def separate(model: Model) -> torch.Tensor:
 
 
 def together(model: Model, packed: Packed) -> torch.Tensor:
-    hidden = _hidden(model, packed)
+    hidden = _states(packed, model.device)(model)
     return torch.cat([hidden[torch.from_numpy(place)] for place in packed.places])
 
 
