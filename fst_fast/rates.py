@@ -115,14 +115,16 @@ class Roofline:
         s, h, n = self.shape, self.hardware, self.lengths
         each = count / self.gpus
         iterations = n.longest + n.response * max(0.0, each / self.batch - 1)
-        iteration = self.bytes * (s.body + s.head) / h.bandwidth
+        tokens = each * n.response
+        weights = self.bytes * (s.body + s.head) / h.bandwidth  # seconds to read them
         if self.eager:
-            iteration = max(iteration, s.layers * h["torch_layer_us"] * 1e-6)
-        else:
-            iteration += h["iteration_us"] * 1e-6
-        per_token = h["sequence_us"] * 1e-6 + self.bytes * s.kv_elements * (n.context + n.response) / h.bandwidth
+            weights = max(weights, s.layers * h["torch_layer_us"] * 1e-6)
+        decoding = iterations * weights + tokens * self.bytes * s.kv_elements * (n.context + n.response) / h.bandwidth
+        host = 1e-6 * tokens * h["sequence_us"]
         prefill = 2.0 * s.body * each * n.own / (h.peak * h["prefill_mfu"])
-        return prefill + iterations * iteration + each * n.response * per_token
+        if self.eager:
+            return prefill + decoding + host
+        return prefill + max(decoding, host + 1e-6 * iterations * h["iteration_us"])  # vLLM's host works ahead
 
     def forward(self, count: float) -> float:
         """Of one pass without gradient."""
