@@ -108,10 +108,10 @@ train() {
 
 cost() { # [ENGINE]: a cycle of FST and its steps; the random weights, 3.4 GB, lie in memory where there is room
   local folder="${TMPDIR:-/tmp}" engine="${1:-torch}" tokens=128
-  [ "$engine" = torch ] || tokens=512 # the embedded engine needs 40 ms a token of all
+  [ "$engine" = torch ] || tokens=512 # the embedded engine needs 40 to 80 ms a token of all
   local options=(--shape qwen3-1.7b --steps 4 --only fst --rollout.problems 32 --rollout.max-new-tokens "$tokens")
   options+=(--reflector.max-new-tokens 128 --fast.every 4 --fast.proposals 4 --fast.first-proposals 4)
-  options+=(--slow.micro-tokens 8192 --rollout.engine "$engine" --rollout.gpu-memory 0.3) # fit 80 GB
+  options+=(--rollout.engine "$engine" --rollout.gpu-memory 0.3) # 70 of 79 GiB
   [ -z "$quick" ] || options=(--shape rehearsal --steps 2 --only fst --rollout.problems 4 --rollout.max-new-tokens 8
     --reflector.max-new-tokens 8 --fast.every 2 --fast.first-proposals 2 --rollout.engine "$engine")
   [ "$(df -Pk /dev/shm 2>/dev/null | awk 'END {print int($4)}')" -lt 8000000 ] || folder=/dev/shm
