@@ -102,7 +102,7 @@ train() {
   local run="$out/train-run" stream="glyph:A@20"
   [ -z "$quick" ] || stream="glyph:A@2"
   rm -rf "$run"
-  "$python" -m fst_fast.train --run-dir "$run" --stream "$stream" --progress False --tensorboard False &&
+  "$python" -m fst_fast.train --run-dir "$run" --stream "$stream" --model.device auto --progress False --tensorboard False &&
     cp "$run/metrics.jsonl" "$out/train.jsonl" && rm -rf "$run"
 }
 

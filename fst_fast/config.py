@@ -269,6 +269,8 @@ def stages(stream: str) -> list[Stage]:
 
 # The embedded run as measured in embedded.md: P 16, G 8, 2 minibatches, T 10, minibatch 8, 24 scored problems, pool 10.
 GLYPH = Config(
+    # A GPU gains nothing: on an H100 a decoded token waited 2 ms a layer for launches alone (benchmarks/README.md).
+    model=ModelConfig(device="cpu"),
     rollout=RolloutConfig(problems=16, max_new_tokens=20),
     fast=FastConfig(every=10, minibatch=8, scoring_problems=24, reflector="phrasebook"),
     slow=SlowConfig(lr=3e-4, beta2=0.99, warmup=0, minibatches=2, kl_coef=0.0, pack="off"),

@@ -251,7 +251,7 @@ class Target:
 
 def target_of(config: Config, options: PlanOptions) -> Target:
     """UserError for a device or a model that is none."""
-    table, kind = read_table(), options.gpu or _this_machine()
+    table, kind = read_table(), options.gpu or ("cpu" if config.model.device == "cpu" else _this_machine())
     if kind not in table:
         raise UserError(f"plan.gpu = {kind!r}: rates are known of {', '.join(table)}; rates.json takes more")
     if options.model:

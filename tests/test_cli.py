@@ -27,7 +27,7 @@ def test_a_preset_of_qwen3_8b_needs_its_folder_and_is_planned_without(name: str)
     assert config.stream.startswith(name.removeprefix("qwen3-8b-") + ":")
     command = parse_train(["--plan", "--preset", name, "--plan.gpu", "h100", "--plan.gpus", "8"])
     assert isinstance(command, PlanCommand)
-    assert any("fits in 78.0" in line for line in plan_lines(command.config, command.plan))
+    assert any("fits in 79.2" in line for line in plan_lines(command.config, command.plan))
 
 
 def test_flags_are_read_alike_in_every_spelling(tmp_path: Path) -> None:
