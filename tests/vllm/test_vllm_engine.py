@@ -161,6 +161,34 @@ def test_the_same_seed_draws_the_same_whatever_runs_beside_it(
     assert {i: c.response_ids for i, c in first.items()} != {i: c.response_ids for i, c in reseeded.items()}
 
 
+def test_what_is_read_of_the_core_is_what_vllms_own_outputs_say(qwen: Model, fresh: VllmEngine) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    requests = requests_on(qwen, samples=8, temperature=1.5, new_tokens=12)
+    ours = drain(fresh, requests)
+    computed = fresh.stats.computed_prompt_tokens
+    fresh.load_weights(qwen, 4)
+    again = drain(fresh, requests)
+    computed = fresh.stats.computed_prompt_tokens - computed
+    fresh.load_weights(qwen, 5)
+    for r in requests:
+        params = fresh._sampling_params(r)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        fresh._llm.add_request(str(r.id), {"prompt_token_ids": list(r.prompt_ids)}, params)
+    theirs: dict[int, Any] = {}
+    while fresh._llm.has_unfinished_requests():
+        theirs |= {int(o.request_id): o for o in fresh._llm.step() if o.finished}
+    for r in requests:
+        [output] = theirs[r.id].outputs
+        for c in (ours[r.id], again[r.id]):
+            assert c.response_ids == tuple(output.token_ids)
+            assert c.finish_reason == output.finish_reason
+            said = [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)]
+            assert c.logprobs == pytest.approx(said, abs=1e-6)
+    assert computed == sum(len(r.prompt_ids) - theirs[r.id].num_cached_tokens for r in requests)
+    assert {c.finish_reason for c in ours.values()} == {"stop", "length"}
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1.3])
 def test_sampling_follows_the_distribution(qwen: Model, fresh: VllmEngine, temperature: float) -> None:
     n, context = 4000, (9, 8, 7)
@@ -329,7 +357,7 @@ def test_priorities_go_first_and_then_the_order_of_submission(qwen: Model, narro
 def test_abort_returns_what_there_is_and_leaves_the_others_alone(qwen: Model, narrow: VllmEngine) -> None:
     narrow.load_weights(qwen, 0)
     requests = requests_on(qwen, temperature=1.0, new_tokens=40)
-    alone = drain(narrow, requests)
+    alone, before = drain(narrow, requests), replace(narrow.stats)
     narrow.submit(requests)
     done: dict[int, Completion] = {}
     for _ in range(4):
@@ -339,11 +367,21 @@ def test_abort_returns_what_there_is_and_leaves_the_others_alone(qwen: Model, na
     assert set(aborted) == set(unwanted)
     assert {c.finish_reason for c in aborted.values()} == {"aborted"}
     assert {len(c.response_ids) for c in aborted.values()} == {0, 4}  # waiting, running
-    assert all(alone[i].response_ids[: len(c.response_ids)] == c.response_ids for i, c in aborted.items())
+    for i, c in aborted.items():
+        got = len(c.response_ids)
+        assert c.response_ids == alone[i].response_ids[:got]
+        assert c.logprobs == pytest.approx(alone[i].logprobs[:got], abs=1e-5)
+        assert c.versions == (((0, 4),) if got else ())
     while narrow.busy:
         done.update((c.id, c) for c in narrow.step())
     assert {i: c.response_ids for i, c in done.items()} == {i: alone[i].response_ids for i in done}
     assert set(done) | set(aborted) == {r.id for r in requests}
+    ends = [*done.values(), *aborted.values()]
+    assert narrow.stats.generated_tokens - before.generated_tokens == sum(len(c.response_ids) for c in ends)
+    started = [r for r in requests if r.id in done or aborted[r.id].response_ids]
+    assert narrow.stats.prompt_tokens - before.prompt_tokens == sum(len(r.prompt_ids) for r in started)
+    assert not narrow._named
+    assert not narrow._llm.has_unfinished_requests()
     narrow.load_weights(qwen, 1)  # no block is left in use
 
 
