@@ -179,6 +179,10 @@ class VllmEngine:
     def _needs_idle(self, what: str) -> None:
         if self.busy:
             raise RuntimeError(f"{what} on a busy engine: drain or abort its requests first")
+        # With async scheduling vLLM has begun one more step for requests that have ended since: what it samples is of
+        # no request, but it runs on the weights and the KV cache. Without, there is no queue.
+        while self._llm.engine_core.engine_core.batch_queue:
+            self._llm.engine_core.get_output()
 
     def _end(self, reasons: Mapping[int, FinishReason]) -> list[Completion]:
         if reasons:

@@ -108,6 +108,21 @@ def narrow(qwen: Model) -> VllmEngine:
     return engine_on(qwen, max_batch=2, kv_bytes=66 * block)
 
 
+@pytest.fixture(scope="module")
+def overlapping(qwen: Model) -> VllmEngine:
+    """With async scheduling, which vLLM turns off on a CPU though it runs there."""
+    make = vllm.EngineArgs.create_engine_config
+
+    def config(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        made.scheduler_config.async_scheduling = True
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm.EngineArgs, "create_engine_config", config)
+        return engine_on(qwen)
+
+
 def test_logprobs_are_the_trainers_after_each_of_five_weight_updates(model: Model, engine: VllmEngine) -> None:
     requests, stale = requests_on(model), {}
     for version in range(6):  # the first load replaces random weights the same way
@@ -338,6 +353,32 @@ def test_weights_change_only_under_an_idle_engine_and_wake_it(qwen: Model, fresh
     change(qwen, 5)
     fresh.load_weights(qwen, 5)
     assert error_of(qwen, requests, drain(fresh, requests)) < 1e-5
+
+
+def test_a_step_that_async_scheduling_has_begun_is_over_before_weights_change(
+    qwen: Model, fresh: VllmEngine, overlapping: VllmEngine
+) -> None:
+    requests = requests_on(qwen, samples=8, temperature=1.5, new_tokens=12)
+    in_flight, ended = overlapping._llm.engine_core.engine_core.batch_queue, set()
+    for version in range(2):
+        change(qwen, version)
+        for engine in (fresh, overlapping):
+            engine.load_weights(qwen, version)
+        alone, done = drain(fresh, requests), drain(overlapping, requests)
+        assert {i: c.response_ids for i, c in done.items()} == {i: c.response_ids for i, c in alone.items()}
+        assert error_of(qwen, requests, done) < 1e-5
+        ended |= {c.finish_reason for c in done.values()}
+        overlapping.submit(requests)
+        early = [c for _ in range(5) for c in overlapping.step()]
+        aborted = overlapping.abort([r.id for r in requests])
+        assert {len(c.response_ids) for c in aborted} == {0, 4}  # waiting; the fifth is under way
+        for c in [*early, *aborted]:
+            assert c.response_ids == alone[c.id].response_ids[: len(c.response_ids)]
+            assert c.logprobs == pytest.approx(alone[c.id].logprobs[: len(c.logprobs)], abs=1e-5)
+        assert in_flight
+        overlapping.sleep()
+        assert not in_flight
+    assert ended == {"stop", "length"}
 
 
 # ------------------------------------------------------------------------------------------------------- the queue
