@@ -82,7 +82,7 @@ class VllmEngine:
                     hf_overrides={"head_dtype": "float32"},
                     enable_prefix_caching=True,
                     scheduling_policy="priority",
-                    async_scheduling=False,  # an idle engine has no step in flight: weights may change
+                    async_scheduling=True,  # the host works on a step while the GPU runs another; a CPU has it not
                     disable_log_stats=True,
                     seed=0,
                     **place,
@@ -179,8 +179,8 @@ class VllmEngine:
     def _needs_idle(self, what: str) -> None:
         if self.busy:
             raise RuntimeError(f"{what} on a busy engine: drain or abort its requests first")
-        # With async scheduling vLLM has begun one more step for requests that have ended since: what it samples is of
-        # no request, but it runs on the weights and the KV cache. Without, there is no queue.
+        # Async scheduling has begun one more step for requests that have ended since: what it samples is of no request,
+        # but it runs on the weights and the KV cache. On a CPU there is no queue.
         while self._llm.engine_core.engine_core.batch_queue:
             self._llm.engine_core.get_output()
 

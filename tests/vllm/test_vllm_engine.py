@@ -110,7 +110,7 @@ def narrow(qwen: Model) -> VllmEngine:
 
 @pytest.fixture(scope="module")
 def overlapping(qwen: Model) -> VllmEngine:
-    """With async scheduling, which vLLM turns off on a CPU though it runs there."""
+    """With async scheduling, as on a GPU: vLLM turns it off on a CPU, though it runs there."""
     make = vllm.EngineArgs.create_engine_config
 
     def config(*args: Any, **kwargs: Any) -> Any:
