@@ -1,7 +1,7 @@
 """vLLM in the trainer's process on this device: three times asleep, with new weights after each, and what it samples
 against the model's own forward pass. Needs vLLM and a model folder; one engine a process.
 
-    python benchmarks/gpu_vllm.py MODEL [--overlap]          --overlap: vLLM's async scheduling, to compare tokens/s
+    python benchmarks/gpu_vllm.py MODEL [--in-turn]          --in-turn: no async scheduling, to compare tokens/s
 
 MODEL is a folder, or a shape (qwen3-8b, ...), which gets random weights. One line of JSON a finding. Exit status 1 if
 log-probs are off, memory does not come back, or on a CPU seeds do not repeat. Read besides: `free_asleep` far above
@@ -37,13 +37,13 @@ LOST = 0.5  # GiB that a sleep may cost
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=f"folder of a Hugging Face model, or one of {', '.join(SHAPES)}")
-    parser.add_argument("--overlap", action="store_true", help="with async scheduling, which the trainer's has not")
+    parser.add_argument("--in-turn", action="store_true", help="without async scheduling, which the trainer's has")
     parser.add_argument("--requests", type=int, default=256 if GPU else 8)
     parser.add_argument("--tokens", type=int, default=256 if GPU else 12, help="of a response at most")
     parser.add_argument("--gpu-memory", type=float, default=0.5, help="part of the GPU that vLLM takes")
     args = parser.parse_args()
-    if args.overlap:
-        overlap()
+    if args.in_turn:
+        in_turn()
     torch.set_num_threads(2)
     say(model=args.model, **setting())
     with tempfile.TemporaryDirectory() as folder:
@@ -118,11 +118,11 @@ def spoil(gib: float) -> None:
         torch.cuda.empty_cache()
 
 
-def overlap() -> None:
+def in_turn() -> None:
     import vllm
 
     make = vllm.LLMEngine.from_engine_args
-    vllm.LLMEngine.from_engine_args = lambda of, **options: make(replace(of, async_scheduling=True), **options)
+    vllm.LLMEngine.from_engine_args = lambda of, **options: make(replace(of, async_scheduling=False), **options)
 
 
 def free() -> float:

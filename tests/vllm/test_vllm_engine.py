@@ -108,6 +108,21 @@ def narrow(qwen: Model) -> VllmEngine:
     return engine_on(qwen, max_batch=2, kv_bytes=66 * block)
 
 
+@pytest.fixture(scope="module")
+def overlapping(qwen: Model) -> VllmEngine:
+    """With async scheduling, as on a GPU: vLLM turns it off on a CPU, though it runs there."""
+    make = vllm.EngineArgs.create_engine_config
+
+    def config(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        made.scheduler_config.async_scheduling = True
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm.EngineArgs, "create_engine_config", config)
+        return engine_on(qwen)
+
+
 def test_logprobs_are_the_trainers_after_each_of_five_weight_updates(model: Model, engine: VllmEngine) -> None:
     requests, stale = requests_on(model), {}
     for version in range(6):  # the first load replaces random weights the same way
@@ -159,6 +174,34 @@ def test_the_same_seed_draws_the_same_whatever_runs_beside_it(
     assert {i: c.response_ids for i, c in first.items()} == {i: c.response_ids for i, c in in_turns.items()}
     reseeded = drain(fresh, [replace(r, seed=r.seed + 999) for r in requests])
     assert {i: c.response_ids for i, c in first.items()} != {i: c.response_ids for i, c in reseeded.items()}
+
+
+def test_what_is_read_of_the_core_is_what_vllms_own_outputs_say(qwen: Model, fresh: VllmEngine) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    requests = requests_on(qwen, samples=8, temperature=1.5, new_tokens=12)
+    ours = drain(fresh, requests)
+    computed = fresh.stats.computed_prompt_tokens
+    fresh.load_weights(qwen, 4)
+    again = drain(fresh, requests)
+    computed = fresh.stats.computed_prompt_tokens - computed
+    fresh.load_weights(qwen, 5)
+    for r in requests:
+        params = fresh._sampling_params(r)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        fresh._llm.add_request(str(r.id), {"prompt_token_ids": list(r.prompt_ids)}, params)
+    theirs: dict[int, Any] = {}
+    while fresh._llm.has_unfinished_requests():
+        theirs |= {int(o.request_id): o for o in fresh._llm.step() if o.finished}
+    for r in requests:
+        [output] = theirs[r.id].outputs
+        for c in (ours[r.id], again[r.id]):
+            assert c.response_ids == tuple(output.token_ids)
+            assert c.finish_reason == output.finish_reason
+            said = [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)]
+            assert c.logprobs == pytest.approx(said, abs=1e-6)
+    assert computed == sum(len(r.prompt_ids) - theirs[r.id].num_cached_tokens for r in requests)
+    assert {c.finish_reason for c in ours.values()} == {"stop", "length"}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3])
@@ -312,6 +355,32 @@ def test_weights_change_only_under_an_idle_engine_and_wake_it(qwen: Model, fresh
     assert error_of(qwen, requests, drain(fresh, requests)) < 1e-5
 
 
+def test_a_step_that_async_scheduling_has_begun_is_over_before_weights_change(
+    qwen: Model, fresh: VllmEngine, overlapping: VllmEngine
+) -> None:
+    requests = requests_on(qwen, samples=8, temperature=1.5, new_tokens=12)
+    in_flight, ended = overlapping._llm.engine_core.engine_core.batch_queue, set()
+    for version in range(2):
+        change(qwen, version)
+        for engine in (fresh, overlapping):
+            engine.load_weights(qwen, version)
+        alone, done = drain(fresh, requests), drain(overlapping, requests)
+        assert {i: c.response_ids for i, c in done.items()} == {i: c.response_ids for i, c in alone.items()}
+        assert error_of(qwen, requests, done) < 1e-5
+        ended |= {c.finish_reason for c in done.values()}
+        overlapping.submit(requests)
+        early = [c for _ in range(5) for c in overlapping.step()]
+        aborted = overlapping.abort([r.id for r in requests])
+        assert {len(c.response_ids) for c in aborted} == {0, 4}  # waiting; the fifth is under way
+        for c in [*early, *aborted]:
+            assert c.response_ids == alone[c.id].response_ids[: len(c.response_ids)]
+            assert c.logprobs == pytest.approx(alone[c.id].logprobs[: len(c.logprobs)], abs=1e-5)
+        assert in_flight
+        overlapping.sleep()
+        assert not in_flight
+    assert ended == {"stop", "length"}
+
+
 # ------------------------------------------------------------------------------------------------------- the queue
 
 
@@ -329,7 +398,7 @@ def test_priorities_go_first_and_then_the_order_of_submission(qwen: Model, narro
 def test_abort_returns_what_there_is_and_leaves_the_others_alone(qwen: Model, narrow: VllmEngine) -> None:
     narrow.load_weights(qwen, 0)
     requests = requests_on(qwen, temperature=1.0, new_tokens=40)
-    alone = drain(narrow, requests)
+    alone, before = drain(narrow, requests), replace(narrow.stats)
     narrow.submit(requests)
     done: dict[int, Completion] = {}
     for _ in range(4):
@@ -339,11 +408,21 @@ def test_abort_returns_what_there_is_and_leaves_the_others_alone(qwen: Model, na
     assert set(aborted) == set(unwanted)
     assert {c.finish_reason for c in aborted.values()} == {"aborted"}
     assert {len(c.response_ids) for c in aborted.values()} == {0, 4}  # waiting, running
-    assert all(alone[i].response_ids[: len(c.response_ids)] == c.response_ids for i, c in aborted.items())
+    for i, c in aborted.items():
+        got = len(c.response_ids)
+        assert c.response_ids == alone[i].response_ids[:got]
+        assert c.logprobs == pytest.approx(alone[i].logprobs[:got], abs=1e-5)
+        assert c.versions == (((0, 4),) if got else ())
     while narrow.busy:
         done.update((c.id, c) for c in narrow.step())
     assert {i: c.response_ids for i, c in done.items()} == {i: alone[i].response_ids for i in done}
     assert set(done) | set(aborted) == {r.id for r in requests}
+    ends = [*done.values(), *aborted.values()]
+    assert narrow.stats.generated_tokens - before.generated_tokens == sum(len(c.response_ids) for c in ends)
+    started = [r for r in requests if r.id in done or aborted[r.id].response_ids]
+    assert narrow.stats.prompt_tokens - before.prompt_tokens == sum(len(r.prompt_ids) for r in started)
+    assert not narrow._named
+    assert not narrow._llm.has_unfinished_requests()
     narrow.load_weights(qwen, 1)  # no block is left in use
 
 
@@ -423,7 +502,7 @@ def test_what_checks_vllm_on_a_gpu_runs_here(tmp_path: Path) -> None:
     found = subprocess.run(command, cwd=ROOT, check=True, timeout=600, capture_output=True, text=True).stdout
     lines = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
     assert lines[-1] == {"faults": []}
-    assert [line["policy"] for line in lines if "policy" in line] == [0, 0, 1, 2, 3]
+    assert [line["policy"] for line in lines if "policy" in line] == [0, 0, 0, 1, 2, 3]
 
 
 def test_a_training_run_by_the_command_line(tmp_path: Path) -> None:
