@@ -32,8 +32,9 @@ class TrainCommand:
     """
 
     preset: str = ""
-    """Defaults to start from: "glyph" (the embedded model) or "paper" (the paper's recipe). Empty = glyph while no
-    model.path is given, else paper."""
+    """Defaults to start from: "glyph" (the embedded model), "paper" (the paper's recipe), or that recipe for Qwen3-8B,
+    a task and eight GPUs: qwen3-8b-codeio, qwen3-8b-hover, qwen3-8b-math. Empty = glyph while no model.path is given,
+    else paper."""
     config_file: str = ""
     """TOML file with any of the fields below, e.g. the config.toml of another run; flags override it."""
     resume: str = ""

@@ -37,7 +37,8 @@ def check_context(model: Model, tasks: Sequence[Task], ood: Task | None, config:
     if config.mode != "rl" and config.fast.reflector == "policy" and edited >= model.context:
         raise UserError(
             f"reflector.max_new_tokens = {edited} leaves no room for a question in the model's context of "
-            f"{model.context} tokens; use {model.context // 4} or less, another --reflector, or --mode rl"
+            f"{model.context} tokens, which is often 1,500 tokens long; use less, a model with a longer context, "
+            "another --reflector, or --mode rl"
         )
     return longest
 

@@ -183,6 +183,8 @@ def _line(record: Mapping[str, Any], total: int, prompt: str) -> str:
             f"prompts evolved (cycle {record['cycle']}): {record['accepted']} of {record['proposals']} accepted",
             f"best scores {record['best']:.3f}, together {record['coverage']:.3f}",
         ]
+        if "failed" in record:
+            parts += [f"{record['failed']} edits failed, most of this: {plain(record['failure'], 200)}"]
     return " · ".join(parts + ([f"best prompt: {plain(prompt, 100)}"] if prompt else []))
 
 

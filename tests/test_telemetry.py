@@ -126,13 +126,16 @@ def test_a_log_file_gets_one_plain_line_per_evaluation_and_evolution(tmp_path: P
             telemetry.write(step(n), prompt=EVIL)
         telemetry.write(evaluation(3, 0.75, task=EVIL), prompt=EVIL)
         telemetry.write(evolution(3), prompt=EVIL)
+        telemetry.write(evolution(3, failed=5, failure=EVIL), prompt=EVIL)
     lines = text_of(out).splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
+    assert "5 edits failed, most of this: [red]first[/red] line second" in lines[2]
+    assert "failed" not in lines[1]
     assert "step 3/10" in lines[0]
     assert "held-out reward 0.750 · seed prompt 0.100 · KL 0.050" in lines[0]
     assert "[red]first[/red] line second �[31mred� � �gnp.exe {{7*7}}" in lines[0]
     assert "3 of 8 accepted" in lines[1]
-    assert all(len(line) < 400 and line.isprintable() for line in lines)
+    assert all(len(line) < 600 and line.isprintable() for line in lines)
 
 
 def test_the_live_display_shows_hostile_prompts_as_text(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -39,10 +40,13 @@ def lineage(evolution: Evolution, seed_prompt: Prompt | None) -> list[dict[str, 
 
 
 def summary(evolution: Evolution) -> dict[str, Any]:
-    """The numbers of an "evolve" line in metrics.jsonl. `coverage`: mean over problems of the population's best."""
+    """The numbers of an "evolve" line in metrics.jsonl. `coverage`: mean over problems of the population's best.
+    Where edits failed, how many, and of what most of them."""
     chosen = evolution.pool[: len(evolution.population)]
     problems = list(evolution.pool[0].scores)
-    return {
+    failures = Counter(c.note for c in evolution.candidates if c.status == "failed")
+    failed = {"failed": failures.total(), "failure": failures.most_common(1)[0][0]} if failures else {}
+    return failed | {
         "proposals": len(evolution.candidates),
         "accepted": sum(c.status == "accepted" for c in evolution.candidates),
         "rollouts": evolution.rollouts,

@@ -41,7 +41,7 @@ def make_reflector(
         if not any(task.phrasebook.values()):
             raise UserError(
                 f'fast.reflector = "phrasebook": the task {task.name!r} has no phrase book; '
-                'choose "policy" (the base model itself) or "openai" (an OpenAI-compatible endpoint).'
+                'choose "policy" (the base model itself) or "openai" (an OpenAI-compatible endpoint), or --mode rl.'
             )
         return PhrasebookReflector(task.phrasebook)
     if fast.reflector == "openai":

@@ -11,6 +11,7 @@ from gepa.core.state import GEPAState
 from gepa.gepa_utils import find_dominator_programs
 
 from fst_fast.fast.evolve import Minibatches, evolve
+from fst_fast.fast.lineage import summary
 from fst_fast.fast.population import Member
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage
 from fst_fast.records import Problem, Prompt, Rollout, Verdict
@@ -241,6 +242,10 @@ def test_one_bad_answer_does_not_cost_the_others_of_its_round() -> None:
     reflector = Scripted(lambda request: None if request is reflector.batches[0][1] else counting(request))
     evolution, _ = cycle(["seed"], SCORING, TRAINING, reflector, proposals=3, parallel=3)
     assert [c.status for c in evolution.candidates] == ["rejected", "failed", "rejected"]
+    said = summary(evolution)
+    assert (said["failed"], said["failure"]) == (1, evolution.candidates[1].note)
+    fine, _ = cycle(["seed"], SCORING, TRAINING, Scripted(counting), proposals=3, parallel=3)
+    assert "failed" not in summary(fine)
 
 
 def test_texts_are_kept_as_data_but_for_characters_that_cannot_be_shown() -> None:
