@@ -32,12 +32,14 @@ class EndpointReflector:
             raise UserError(f"reflector.base_url = {url!r}: must be a URL like http://localhost:8000/v1")
         self._url = url
         self.label = f"{config.model} at {urlsplit(url).hostname}"
+        self._reached = False
 
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
         """All requests at once, `concurrency` under way. Must not be called from a running event loop.
 
         Raises:
-            UserError: the endpoint refuses the key or does not know the model, and has never answered yet.
+            UserError: the endpoint refuses the key or does not know the model, or nothing listens at its address, and
+                it has never answered yet.
         """
         limits = {"max_prompt_chars": self._max_prompt_chars, "max_trace_chars": self._config.max_trace_chars}
         answers = asyncio.run(self._ask_all([instruction(r, self._pose, **limits) for r in requests]))
@@ -68,6 +70,13 @@ class EndpointReflector:
                     f"reflector.base_url, reflector.model and the key ({self._redacted(error)})"
                 ) from None
             return self._failed(error)
+        except openai.APIConnectionError as error:
+            why = error.__cause__ or error
+            if not self._reached and type(why).__name__ == "ConnectError":  # else a run would go on without any edit
+                raise UserError(
+                    f"reflector: {self.label} cannot be reached, check reflector.base_url ({self._redacted(why)})"
+                ) from None
+            return self._failed(error)
         except (openai.OpenAIError, TimeoutError, ValueError) as error:
             return self._failed(error)
 
@@ -77,6 +86,7 @@ class EndpointReflector:
             messages=[{"role": "user", "content": text}],
             max_completion_tokens=self._config.max_new_tokens,
         )
+        self._reached = True
         return response.content
 
     def _read(self, body: bytes) -> tuple[Reflection, ReflectionUsage]:
@@ -96,7 +106,7 @@ class EndpointReflector:
     def _failed(self, error: Exception) -> tuple[Reflection, ReflectionUsage]:
         return Reflection(None, f"{type(error).__name__}: {self._redacted(error)}"), ReflectionUsage(1, failures=1)
 
-    def _redacted(self, error: Exception) -> str:
+    def _redacted(self, error: BaseException) -> str:
         """What the endpoint says may quote the key."""
         return str(error).replace(self._key, "[key]")
 

@@ -111,11 +111,12 @@ def _objects(rows: Any, source: str) -> Iterator[Row]:
 
 def _parse(line: bytes, where: str) -> Row:
     try:
-        return _object(json.loads(line.decode()), where)
+        row = json.loads(line.decode())
     except UnicodeDecodeError as e:
         raise UserError(f"{where}: not UTF-8 at byte {e.start + 1}; save the file as UTF-8.") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not JSON ({e}); give one JSON object a line.") from None
+    return _object(row, where)
 
 
 def _object(row: Any, where: str) -> Row:

@@ -255,6 +255,10 @@ def _backend(name: str, *operands: Tensor) -> str:
     """The name of a backend that can take these tensors."""
     if name == "auto":
         return _best(*operands)
+    if name == "triton" and not HAS_TRITON:
+        raise ValueError(
+            "backend='triton' is not available: triton is not installed (pip install triton; it needs a GPU)"
+        )
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not available: use one of {('auto', *BACKENDS)}")
     if name == "triton" and arithmetic_dtype(*operands) != torch.float32:

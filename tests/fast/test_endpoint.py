@@ -228,6 +228,18 @@ def test_html_comes_through_as_data(server: Endpoint) -> None:
     assert [r.text for r in reflector(server).reflect(requests("html"))] == [HTML]
 
 
+def test_an_address_where_nothing_listens_ends_a_run_that_never_had_an_edit_and_no_other(server: Endpoint) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    openai = reflector(server, base_url=url)
+    with pytest.raises(UserError, match=r"m at 127.0.0.1 cannot be reached, check reflector\.base_url \("):
+        openai.reflect(requests("good", "good"))
+    openai = reflector(server)
+    assert openai.reflect(requests("good"))[0].text == "new prompt"
+    openai._url = url  # it went down
+    assert "APIConnectionError" in openai.reflect(requests("good"))[0].note
+
+
 @pytest.mark.parametrize(
     ("name", "prompt_tokens"),
     [("no usage", 0), ("null usage", 0), ("strange usage", 0), ("listed usage", 0), ("half usage", 100)],
@@ -259,14 +271,6 @@ def test_an_endpoint_that_refuses_later_costs_a_proposal_only(server: Endpoint, 
     openai = reflector(server)
     openai.reflect(requests("good"))
     assert [r.text for r in openai.reflect(requests(name, "good"))] == [None, "new prompt"]
-
-
-def test_a_server_that_is_not_there_costs_proposals_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    settings = ReflectorConfig(base_url="http://127.0.0.1:9", retries=0)
-    openai = EndpointReflector(settings, lambda problem: "", 1000)
-    assert [r.text for r in openai.reflect(requests("a", "b"))] == [None, None]
-    assert openai.usage.failures == 2
 
 
 def test_a_cycle_survives_an_endpoint_that_mostly_fails(server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:

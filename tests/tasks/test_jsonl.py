@@ -120,7 +120,7 @@ GOOD = {"problem": "p", "answer": "a"}
         ([GOOD, "1" * 5000], {}, "line 2: not JSON"),
         ([GOOD, "[" * 100_000], {}, "line 2: not JSON"),
         ([GOOD, b'{"problem": "caf\xe9"}'], {}, "line 2: not UTF-8 at byte 17; save the file as UTF-8"),
-        ([GOOD, "[1, 2]"], {}, r"line 2: \[1, 2\] is a list, not an object; write it as"),
+        ([GOOD, "[1, 2]"], {}, r"^[^(]*line 2: \[1, 2\] is a list, not an object; write it as"),
         (["null"], {}, "line 1: None is a NoneType, not an object"),
         ([GOOD, {"question": "?"}], {}, r"there is no field 'problem', only \['question'\]; .*jsonl\.problem_field"),
         ([{"problem": "p"}], {}, r"line 1: there is no field 'answer', only \['problem'\]; .*jsonl\.answer_field"),
