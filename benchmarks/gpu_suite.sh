@@ -106,24 +106,27 @@ train() {
     cp "$run/metrics.jsonl" "$out/train.jsonl" && rm -rf "$run"
 }
 
-cost() { # [ENGINE]: a cycle of FST and its steps; the random weights, 3.4 GB, lie in memory where there is room
-  local folder="${TMPDIR:-/tmp}" engine="${1:-torch}" tokens=128
+scratch() { # KB: a folder for so large weights, in memory where there is room
+  local free && free="$(df -Pk /dev/shm 2>/dev/null | awk 'END {print int($4)}')"
+  [ "$free" -lt "$1" ] && echo "${TMPDIR:-/tmp}" || echo /dev/shm
+}
+
+cost() { # [ENGINE]: a cycle of FST and its steps
+  local engine="${1:-torch}" tokens=128
   [ "$engine" = torch ] || tokens=512 # the embedded engine needs 40 to 80 ms a token of all
   local options=(--shape qwen3-1.7b --steps 4 --only fst --rollout.problems 32 --rollout.max-new-tokens "$tokens")
   options+=(--reflector.max-new-tokens 128 --fast.every 4 --fast.proposals 4 --fast.first-proposals 4)
   options+=(--rollout.engine "$engine" --rollout.gpu-memory 0.3) # 70 of 79 GiB
   [ -z "$quick" ] || options=(--shape rehearsal --steps 2 --only fst --rollout.problems 4 --rollout.max-new-tokens 8
     --reflector.max-new-tokens 8 --fast.every 2 --fast.first-proposals 2 --rollout.engine "$engine")
-  [ "$(df -Pk /dev/shm 2>/dev/null | awk 'END {print int($4)}')" -lt 8000000 ] || folder=/dev/shm
-  TMPDIR="$folder" "$python" benchmarks/cost.py "${options[@]}" --json "$out/cost-$engine.json"
+  TMPDIR="$(scratch 8000000)" "$python" benchmarks/cost.py "${options[@]}" --json "$out/cost-$engine.json"
 }
 
 vllm() { # the engine alone at the size of its user, then cost's run with it
-  local shape=qwen3-8b folder="${TMPDIR:-/tmp}"
+  local shape=qwen3-8b
   "$python" -c 'import vllm' 2>/dev/null || { echo "vllm is not installed: left out"; return; }
   [ -z "$quick" ] || shape=rehearsal
-  [ "$(df -Pk /dev/shm 2>/dev/null | awk 'END {print int($4)}')" -lt 20000000 ] || folder=/dev/shm
-  TMPDIR="$folder" "$python" benchmarks/gpu_vllm.py "$shape" --gpu-memory 0.6 && cost vllm
+  TMPDIR="$(scratch 20000000)" "$python" benchmarks/gpu_vllm.py "$shape" --gpu-memory 0.6 && cost vllm
 }
 
 rates() { # into a copy of the table; fst_fast/rates.json is what `train --plan` reads

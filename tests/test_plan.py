@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -372,6 +373,33 @@ def test_the_plan_says_what_overlap_would_save_as_a_plan_with_it_does(capsys: py
         with_them, further = hours(*flags.split())
         assert with_them == float(total) < plain
     assert not further
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "tokens"),
+    [
+        ("| hover (2048), 500 |", "hover", "500"),
+        ("| hover, 2000 |", "hover", "2000"),
+        ("| codeio (4096), 500 |", "codeio", "500"),
+        ("| codeio, 2000 |", "codeio", "2000"),
+        ("| math (8192), 2000 |", "math", "2000"),
+    ],
+)
+def test_the_gpu_hours_that_the_documents_quote_are_what_a_plan_says(
+    row: str, task: str, tokens: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--preset qwen3-8b-{task} --plan.model qwen3-8b --plan.gpu h100 --plan.gpus 8 --plan.response-tokens"
+    shown = planned(["--plan", *flags.split(), tokens], capsys)
+    said = [
+        re.findall(r"= ([\d.]+); x", shown)[0],
+        re.findall(r"with --rollout.lookahead 1 --fast.filler True: ([\d.]+)", shown)[0],
+        re.findall(r"--fast.race False: ([\d.]+)", shown)[0],
+    ]
+    line = next(x for x in (RESULTS.parent / "README.md").read_text().splitlines() if x.startswith(row))
+    assert line.replace("*", "").removeprefix(row).replace("|", " ").split() == said
+    if row.startswith("| hover ("):
+        readme = (RESULTS.parents[1] / "README.md").read_text()
+        assert f"`{flags} {tokens}`: {said[0]} GPU-hours, with both kinds of overlap {said[1]}, and without" in readme
 
 
 def test_a_plan_needs_a_config_json_alone_and_writes_nothing(
