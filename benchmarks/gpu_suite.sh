@@ -116,7 +116,7 @@ cost() { # [ENGINE]: a cycle of FST and its steps
   [ "$engine" = torch ] || tokens=512 # the embedded engine needs 40 to 80 ms a token of all
   local options=(--shape qwen3-1.7b --steps 4 --only fst --rollout.problems 32 --rollout.max-new-tokens "$tokens")
   options+=(--reflector.max-new-tokens 128 --fast.every 4 --fast.proposals 4 --fast.first-proposals 4)
-  options+=(--rollout.engine "$engine" --rollout.gpu-memory 0.3) # 70 of 79 GiB
+  options+=(--rollout.engine "$engine" --rollout.gpu-memory 0.3) # 74 of 79 GiB
   [ -z "$quick" ] || options=(--shape rehearsal --steps 2 --only fst --rollout.problems 4 --rollout.max-new-tokens 8
     --reflector.max-new-tokens 8 --fast.every 2 --fast.first-proposals 2 --rollout.engine "$engine")
   TMPDIR="$(scratch 8000000)" "$python" benchmarks/cost.py "${options[@]}" --json "$out/cost-$engine.json"

@@ -157,7 +157,7 @@ class Recording(Policy):
 
     def update(self) -> float:
         if self.seen is not None:
-            self.seen += [p.grad.clone() for p in self.model.lm.parameters() if p.grad is not None]
+            self.seen += [m.grad.clone() for m in self.masters if m.grad is not None]
         return super().update()
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from fst_fast.config import Recompute
 from fst_fast.shape import Shape
 
-When = Literal["always", "loading", "learning", "updating", "sampling"]
+When = Literal["always", "loading", "learning", "sampling"]
 GIB = 2**30
 CHUNK_ROWS = 4096  # of fp32 logits at a time, the kernels' on a GPU
 CONTEXT = 1.5 * GIB  # CUDA, cuBLAS, NCCL and the engine's graphs (assumed)
@@ -77,8 +77,7 @@ def parts(shape: Shape, at: Layout) -> list[Part]:
             Part("weights that are trained, fp32", 4 * share, "always"),
             Part("AdamW's two moments, fp32", 8 * share, "always"),
             Part("base model, for the exact KL and the policy reflector", size * share, "always"),
-            Part("gradients", (4 if sharded else size) * share, "learning"),
-            Part("gradients in fp32, and what is clipped of them", (4 if sharded else 4 + size) * share, "updating"),
+            Part("gradients, fp32", 4 * share, "learning"),
         ]
     out += [
         Part(f"activations of {tokens:,} tokens, recompute {at.recompute}", kept, "learning"),

@@ -98,32 +98,37 @@ def test_checkpointing_keeps_less_the_more_it_recomputes(fused: bool) -> None:
 
 
 def test_the_worst_moment_is_of_one_time_and_what_is_always_there() -> None:
-    some = [Part("a", 10, "always"), Part("b", 5, "learning"), Part("c", 4, "learning"), Part("d", 7, "updating")]
+    some = [Part("a", 10, "always"), Part("b", 5, "learning"), Part("c", 4, "learning"), Part("d", 7, "loading")]
     assert peak(some) == pytest.approx(1.05 * 19)
     assert peak([*some, Part("e", 20, "sampling")]) == pytest.approx(1.05 * 30)
 
 
-def test_trainer_state_is_sixteen_bytes_a_parameter_over_the_ranks_and_less_when_offloaded() -> None:
+def test_trainer_state_is_so_many_bytes_a_parameter_over_the_ranks_and_less_when_offloaded() -> None:
     config = replace(preset("paper", "fst"), model=replace(Config().model, dtype="bfloat16"))
     shape = read_shape("qwen3-8b", field="plan.model")
-    for gpus, offload, expected in ((1, False, 2 + 4 + 8 + 2), (8, False, (4 + 8 + 4) / 8), (8, True, 0)):
+    for gpus, offload, expected in ((1, False, 2 + 4 + 8 + 4), (8, False, (4 + 8 + 4) / 8), (8, True, 0)):
         config = replace(config, slow=replace(config.slow, offload=offload))
         options = PlanOptions(gpu="h100", gpus=gpus, model="qwen3-8b")
         of = parts(shape, layout_of(config, options, target_of(config, options)))
         state = [p for p in of if ("weights" in p.name and "engine" not in p.name) or "moments" in p.name]
-        state += [p for p in of if p.name == "gradients"]
+        state += [p for p in of if p.name.startswith("gradients")]
         assert sum(p.bytes for p in state) == pytest.approx(expected * shape.parameters)
 
 
 def test_memory_is_what_a_run_on_a_gpu_had_allocated() -> None:
-    """benchmarks/results/h100/cost-torch.json: Qwen3-1.7B with Liger's layers, micro-batches of 8192 tokens."""
+    """benchmarks/results/h100/cost-torch.json: Qwen3-1.7B with Liger's layers, micro-batches of 8192 tokens.
+
+    Gradients were summed in bf16 then, at two bytes a parameter less.
+    """
     config = replace(preset("paper", "fst"), model=replace(Config().model, dtype="bfloat16"))
     config = replace(config, slow=replace(config.slow, micro_tokens=8192))
     options = PlanOptions(gpu="h100", model="qwen3-1.7b")
-    of = parts(read_shape("qwen3-1.7b", field="plan.model"), layout_of(config, options, target_of(config, options)))
+    shape = read_shape("qwen3-1.7b", field="plan.model")
+    of = parts(shape, layout_of(config, options, target_of(config, options)))
     allocated = json.loads((RESULTS / "h100/cost-torch.json").read_text())["results"]["fst"]["allocated_gib"]
     by_torch = [p for p in of if p.when in ("always", "learning") and not p.name.startswith("CUDA context")]
-    assert sum(p.bytes for p in by_torch) / 2**30 == pytest.approx(allocated, rel=0.03)
+    then = sum(p.bytes for p in by_torch) - 2 * shape.parameters
+    assert then / 2**30 == pytest.approx(allocated, rel=0.03)
 
 
 def test_vllms_memory_and_that_of_learning_are_not_needed_at_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from fst_fast.shape import PassWork
 class Policy:
     """A model and its AdamW. In one process the engine samples from the same parameters: nothing to copy.
 
-    AdamW works on fp32 masters of bf16 parameters: a step of 1e-6 is far below what bf16 can add to a weight. Of a
-    sharded model (sharding.py) the parameters are the masters.
+    AdamW works on fp32 masters of bf16 parameters: a step of 1e-6 is far below what bf16 can add to a weight. Gradients
+    of micro-batches are summed there too: in bf16 a sum stops growing at 256 times what is added. Of a sharded model
+    (sharding.py) the parameters are the masters.
     """
 
     def __init__(self, model: Model, config: SlowConfig):
@@ -26,6 +28,9 @@ class Policy:
         named = {name: p for name, p in model.lm.named_parameters() if p.requires_grad}
         self._names, self._parameters = list(named), list(named.values())
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._parameters]
+        for master, p in zip(self.masters, self._parameters, strict=True):
+            if master is not p:
+                p.register_post_accumulate_grad_hook(partial(_add_gradient, master))
         self.optimizer = torch.optim.AdamW(
             self.masters,
             lr=config.lr,
@@ -50,9 +55,6 @@ class Policy:
 
         A norm that is not finite raises: stepping on it would silently destroy the weights.
         """
-        for master, p in zip(self.masters, self._parameters, strict=True):
-            if master is not p:
-                master.grad, p.grad = None if p.grad is None else p.grad.float(), None
         gradients = [master.grad for master in self.masters if master.grad is not None]
         total = whole(torch.nn.utils.get_total_norm(gradients))
         torch.nn.utils.clip_grads_with_norm_(self.masters, self.config.clip, total)
@@ -92,6 +94,16 @@ class Policy:
                 if tensor is not state[key][name]:
                     tensor.copy_(state[key][name])
         self._publish()
+
+
+def _add_gradient(master: torch.Tensor, p: torch.Tensor) -> None:
+    """Called behind every backward pass of `p`: its gradient goes to that of its fp32 master."""
+    assert p.grad is not None
+    if master.grad is None:
+        master.grad = p.grad.float()
+    else:
+        master.grad += p.grad
+    p.grad = None
 
 
 States = Callable[[Model], torch.Tensor]  # a model's hidden states [N, H] that predict the responses' tokens

@@ -98,9 +98,9 @@ class Recorder(Policy):
     """A policy that keeps its gradients instead of stepping."""
 
     def update(self) -> float:
-        self.seen = {n: p.grad.clone() for n, p in self.model.lm.named_parameters() if p.grad is not None}
-        for p in self.model.lm.parameters():
-            p.grad = None
+        self.seen = {n: m.grad for n, m in zip(self._names, self.masters, strict=True) if m.grad is not None}
+        for master in self.masters:
+            master.grad = None
         return 0.0
 
 
@@ -227,14 +227,28 @@ def test_warm_up_is_linear_and_a_bad_gradient_stops_the_run(model: Model, tmp_pa
         policy.update()
 
 
+def backward_of_ones(model: Model) -> None:
+    torch.stack([p.sum() for p in model.lm.parameters()]).sum().backward()
+
+
+def test_gradients_of_bf16_weights_are_summed_in_fp32_however_many_micro_batches_there_are(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path)
+    policy = Policy(load_model(str(tmp_path), dtype="bfloat16"), CONFIG)
+    for _ in range(300):
+        backward_of_ones(policy.model)
+    for master in policy.masters:
+        assert master.grad is not None
+        assert torch.equal(master.grad, torch.full_like(master, 300.0))  # in bf16 256 + 1 is 256
+    assert all(p.grad is None for p in policy.model.lm.parameters())
+
+
 def test_bf16_weights_train_through_fp32_masters_and_survive_a_checkpoint(tmp_path: Path) -> None:
     save_tiny("qwen3", tmp_path)
     model = load_model(str(tmp_path), dtype="bfloat16")
     policy = Policy(model, replace(CONFIG, lr=1e-6))
     start = [m.clone() for m in policy.masters]
     for _ in range(3):
-        for p in model.lm.parameters():
-            p.grad = torch.ones_like(p)
+        backward_of_ones(model)
         policy.update()
     # each step moves a weight by lr; in bf16 itself most would have stayed where they were
     for master, before in zip(policy.masters, start, strict=True):
