@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from fst_fast.config import Config
 from fst_fast.errors import UserError
 from fst_fast.evaluate import retention_asks
+from fst_fast.fast.reflection import ReflectionRequest
+from fst_fast.fast.template import instruction
 from fst_fast.model import Model
 from fst_fast.records import Problem, Prompt
 from fst_fast.rollout.collect import Ask
@@ -33,14 +35,23 @@ def check_context(model: Model, tasks: Sequence[Task], ood: Task | None, config:
         check_room(model, task, [Prompt(task.seed_prompt)], problem, answer)
     if ood:
         check_room(model, ood, [Prompt(ood.seed_prompt)], longest_problem(model, ood), answer)
-    edited = config.reflector.max_new_tokens
-    if config.mode != "rl" and config.fast.reflector == "policy" and edited >= model.context:
-        raise UserError(
-            f"reflector.max_new_tokens = {edited} leaves no room for a question in the model's context of "
-            f"{model.context} tokens, which is often 1,500 tokens long; use less, a model with a longer context, "
-            "another --reflector, or --mode rl"
-        )
+    if config.mode != "rl" and config.fast.reflector == "policy":
+        for task in tasks:
+            check_edits(model, task, config)
     return longest
+
+
+def check_edits(model: Model, task: Task, config: Config) -> None:
+    """UserError when the model's context has no room for the question of an edit, not even without its rollouts."""
+    limits = {"max_prompt_chars": config.fast.max_prompt_chars, "max_trace_chars": config.reflector.max_trace_chars}
+    question = instruction(ReflectionRequest(Prompt(task.seed_prompt), (), 0), lambda problem: "", **limits)
+    answer = config.reflector.max_new_tokens
+    if (left := model.room([{"role": "user", "content": question}], answer)) <= 0:
+        raise UserError(
+            f"reflector.max_new_tokens = {answer}: the question of an edit takes {model.context - answer - left} "
+            f"tokens, its rollouts apart, and the model's context is {model.context}; use less, a model with a longer "
+            "context, another --reflector, or --mode rl"
+        )
 
 
 def check_room(model: Model, task: Task, prompts: Sequence[Prompt], longest: Problem, max_new_tokens: int) -> None:

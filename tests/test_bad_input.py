@@ -137,7 +137,10 @@ def test_a_flag_that_does_not_exist_or_cannot_be_read(argv: list[str], words: li
         ({"threads": 10**9}, ["threads = 1000000000"]),
         ({"model.device": "gpu"}, ["model.device = 'gpu'", "auto or cpu"]),
         ({"fast.reflector": "openai"}, ["OPENAI_API_KEY"]),
-        ({"fast.reflector": "policy"}, ["reflector.max_new_tokens = 2048", "512"]),
+        (
+            {"fast.reflector": "policy", "reflector.max-new-tokens": 32},
+            ["reflector.max_new_tokens = 32", "takes 487 tokens", "context is 512"],
+        ),
         ({"stream": ""}, ["stream: ''", "TASK@STEPS"]),
         ({"stream": "glyph:A"}, ["stream: 'glyph:A'"]),
         ({"stream": "glyph:A@0"}, ["stream: 'glyph:A@0'"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -142,7 +143,7 @@ class Math(Exact):
 
 
 class UserFunction:
-    """`python:MODULE:FUNCTION`, called with (row, response). What it raises propagates, with a note saying where."""
+    """`python:MODULE:FUNCTION`, called with (row, response)."""
 
     def __init__(self, name: str):
         self.name = name
@@ -155,10 +156,12 @@ class UserFunction:
         try:
             result = self.function(dict(row), response)
         except Exception as e:
-            e.add_note(
-                f"in the verifier {self.name}, on the problem {dict(row)!r:.300} and the response {response!r:.300}"
-            )
-            raise
+            where = traceback.extract_tb(e.__traceback__)[:2][-1]  # in the function itself, where it got that far
+            raise UserError(
+                f"jsonl.verifier: {self.name} raised {type(e).__name__} ({e}) in {where.filename}, line "
+                f"{where.lineno}, on the problem {dict(row)!r:.300} and the response {response!r:.300}; "
+                "mend it, then --resume."
+            ) from e
         match result:
             case Verdict():
                 verdict = result
