@@ -1,5 +1,6 @@
 """What the kernel tests share: random problems, comparison with the float64 reference, and a watcher of torch."""
 
+import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,6 +28,22 @@ def one_thread() -> Iterator[None]:
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then "auto" means triton on a CPU: any test tests it
+
+if INTERPRETED:
+    # Triton's interpreter replaces its language's functions for every jitted function, and for those that this one
+    # calls looks through all of them again, in vain: two fifths of its time.
+    from triton.runtime import interpreter
+
+    _replace, _first = interpreter._patch_builtin, dict[object, str]()
+
+    def _replace_once(package: Any, *args: Any) -> None:
+        is_builtin = interpreter.tl.core.is_builtin
+        if package not in _first:
+            _first[package] = next((n for n, x in inspect.getmembers(package) if is_builtin(x)), "__name__")
+        if is_builtin(getattr(package, _first[package])):
+            _replace(package, *args)
+
+    interpreter._patch_builtin = _replace_once
 
 
 @pytest.fixture(scope="module", params=["triton"] if INTERPRETED else ["torch", pytest.param("cpu", marks=not_built)])

@@ -74,7 +74,7 @@ def test_matches_the_reference_on_any_shape_and_any_combination(
     assert_same_loss(ours, truth, inputs)
 
 
-@pytest.mark.parametrize(("n", "h", "v", "scale"), [(23, 8, 1100, 0.01), (6, 16, 151936, 5.0), (40, 64, 4099, 25.0)])
+@pytest.mark.parametrize(("n", "h", "v", "scale"), [(9, 8, 1100, 0.01), (2, 16, 151936, 5.0), (9, 64, 4099, 25.0)])
 def test_vocabularies_that_no_block_divides(
     make_problem: Fixture, assert_same_loss: Fixture, n: int, h: int, v: int, scale: float
 ) -> None:
@@ -142,9 +142,9 @@ def test_a_target_the_policy_cannot_produce_has_ratio_zero_and_pushes_nothing(ma
 def test_masked_rows_of_nan_and_inf_contribute_exactly_nothing(
     make_problem: Fixture, kind: str, terms: dict[str, float]
 ) -> None:
-    p = make_problem(30, 6, 41)
-    poison = torch.tensor([math.nan, math.inf, -math.inf]).repeat(10)
-    temperature = torch.linspace(0.5, 2, 30)
+    p = make_problem(15, 6, 41)
+    poison = torch.tensor([math.nan, math.inf, -math.inf]).repeat(5)
+    temperature = torch.linspace(0.5, 2, 15)
 
     def spoil(x: torch.Tensor) -> torch.Tensor:
         return torch.where(p.mask.view(-1, *[1] * (x.ndim - 1)), x, poison.view(-1, *[1] * (x.ndim - 1)))
@@ -166,12 +166,12 @@ def test_masked_rows_of_nan_and_inf_contribute_exactly_nothing(
             denominator=7.0,
             ref_hidden=touch(p.ref_hidden)[rows],
             ref_weight=p.ref_weight,
-            chunk_rows=8,
+            chunk_rows=4,
             **terms,
         )
         return out, torch.autograd.grad(out.loss, (hidden, p.weight))
 
-    everything, only_live = torch.arange(30), p.mask.nonzero().squeeze(1)
+    everything, only_live = torch.arange(15), p.mask.nonzero().squeeze(1)
     out, (hidden_grad, weight_grad) = run(everything, spoiled=True)
     clean, (clean_hidden_grad, clean_weight_grad) = run(only_live, spoiled=False)
     assert torch.equal(weight_grad, clean_weight_grad)
@@ -235,7 +235,7 @@ def test_the_fst_loss_averages_each_problems_tokens_and_then_the_problems(make_p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_with_the_global_denominator_add_up(make_problem: Fixture, kind: str) -> None:
-    p = make_problem(24, 5, 33)
+    p = make_problem(11, 5, 33)
     options: dict[str, Any] = {"kind": kind, "weight_max": 4.0, "entropy_coef": 0.1, "denominator": int(p.mask.sum())}
 
     def part(rows: slice) -> tuple[torch.Tensor, ...]:
@@ -243,7 +243,7 @@ def test_micro_batches_with_the_global_denominator_add_up(make_problem: Fixture,
         out = linear_policy_loss(p.hidden[rows], p.weight, *args, p.mask[rows], **options)
         return out.loss, *torch.autograd.grad(out.loss, (p.hidden, p.weight))
 
-    whole, first, second = part(slice(24)), part(slice(7)), part(slice(7, 24))
+    whole, first, second = part(slice(11)), part(slice(4)), part(slice(4, 11))
     for a, b, c in zip(whole, first, second, strict=True):
         torch.testing.assert_close(a, b + c)
     default = linear_policy_loss(p.hidden, p.weight, *p.rows, p.mask, **{**options, "denominator": None})
@@ -277,7 +277,7 @@ def test_bf16_operands_keep_fp32_logits_and_round_gradients_once(make_problem: F
 def test_operands_of_two_dtypes_are_multiplied_in_fp32(
     make_problem: Fixture, assert_close: Fixture, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> None:
-    p = make_problem(40, 16, 301, scale=6.0)
+    p = make_problem(14, 16, 301, scale=6.0)
     hidden = p.hidden.detach().to(hidden_dtype).requires_grad_()
     weight = p.weight.detach().to(weight_dtype).requires_grad_()
     bias = p.bias.detach().bfloat16().requires_grad_()

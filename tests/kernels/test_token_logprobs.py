@@ -61,7 +61,7 @@ def test_linear_measures_match_the_reference(
     assert_same_measures(ours, truth, (p.hidden, p.weight, p.bias), assert_close)
 
 
-@pytest.mark.parametrize(("n", "v", "scale"), [(30, 1100, 0.01), (6, 151936, 5.0)])
+@pytest.mark.parametrize(("n", "v", "scale"), [(9, 1100, 0.01), (2, 151936, 5.0)])
 @pytest.mark.parametrize("temperature", [0.6, "per token"])
 def test_measures_of_given_logits_match_the_reference(
     assert_close: Fixture, n: int, v: int, scale: float, temperature: Any

@@ -139,7 +139,7 @@ def test_what_stands_in_the_padding_counts_nothing(
 def test_the_softcap_is_tanh_to_the_last_digits_at_any_size(
     make: Fixture, assert_close: Fixture, softcap: float
 ) -> None:
-    z = torch.cat([torch.logspace(-6, 3, 20), -torch.logspace(-5, 2, 20), torch.zeros(1)]).to(DEVICE)
+    z = torch.cat([torch.logspace(-6, 3, 10), -torch.logspace(-5, 2, 8), torch.zeros(1)]).to(DEVICE)
     weight, hidden = z[:, None].clone().requires_grad_(), torch.ones(len(z), 1, device=DEVICE)
     every = torch.arange(len(z), device=DEVICE)
     ours = linear_token_logprobs(hidden, weight, every, softcap=softcap, backend="triton")
