@@ -15,7 +15,7 @@ from fst_fast import checkpoint, cli, train
 from fst_fast.rollout import dispatch
 from fst_fast.rollout.engine import Completion
 from fst_fast.rollout.torch_engine import TorchEngine
-from tests.test_resume import SMALL, assert_equal
+from tests.test_resume import SMALL, assert_equal, records, tree
 
 
 def flags(run_dir: Path) -> list[str]:
@@ -87,51 +87,61 @@ FAULTS: dict[Step, str] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_broken_engine_stops_the_run_and_the_resumed_run_is_the_unbroken_one(
-    fault: Step, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+class Killed(BaseException):
+    pass
+
+
+def run_until_step_three(argv: list[str], then: Callable[[pytest.MonkeyPatch], None]) -> None:
+    """Runs; `then` comes before step 3: behind the checkpoint at 2, what follows it is lost, and sampled again."""
     learn = train.Trainer.learn
 
     def learn_until(trainer: train.Trainer) -> None:
-        if trainer.state.step == 3:  # after the checkpoint at 2: what follows is lost, and sampled again
-            patch.setattr(TorchEngine, "step", fault)
+        if trainer.state.step == 3:
+            then(patch)
         learn(trainer)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "learn", learn_until)
-        patch.setattr(dispatch, "PATIENCE", 50)
-        patch.setattr(sys, "argv", ["train", *flags(tmp_path / "run")])
-        with pytest.raises(SystemExit) as end:
-            cli.run(train.main)
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 1
-    assert said.startswith("error: ")
-    assert FAULTS[fault] in said
-    assert said.endswith("; --resume continues from the last checkpoint")
-    train.main(["--resume", str(tmp_path / "run")])
-    assert_equal(tmp_path / "run", whole)
-
-
-class Killed(BaseException):
-    pass
+        patch.setattr(sys, "argv", ["train", *argv])
+        cli.run(train.main)
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that ended in step 3, with a checkpoint at 2 and records of the cycle and the step after it."""
-    run, learn = tmp_path_factory.mktemp("killed") / "run", train.Trainer.learn
+    run = tmp_path_factory.mktemp("killed") / "run"
 
-    def learn_until(trainer: train.Trainer) -> None:
-        if trainer.state.step == 3:
-            raise Killed
-        learn(trainer)
+    def kill(patch: pytest.MonkeyPatch) -> None:
+        raise Killed
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "learn", learn_until)
-        with pytest.raises(Killed):
-            train.main(flags(run))
+    with pytest.raises(Killed):
+        run_until_step_three(flags(run), kill)
     return run
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_broken_engine_stops_the_run_and_leaves_what_a_killed_one_does(
+    fault: Step, killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(copytree(killed, tmp_path / "run"))
+    monkeypatch.setattr(dispatch, "PATIENCE", 50)
+    with pytest.raises(SystemExit) as end:
+        run_until_step_three(["--resume", str(run)], lambda patch: patch.setattr(TorchEngine, "step", fault))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 1
+    assert said.startswith("error: ")
+    assert FAULTS[fault] in said
+    assert said.endswith("; --resume continues from the last checkpoint")
+    assert records(run) == records(killed)
+    assert tree(run / "checkpoints") == tree(killed / "checkpoints")
+    for name in ("population.jsonl", "rollouts/rollouts.jsonl"):
+        assert (run / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+def test_such_a_run_ends_as_the_unbroken_one(killed: Path, whole: Path, tmp_path: Path) -> None:
+    run = Path(copytree(killed, tmp_path / "run"))
+    train.main(["--resume", str(run)])
+    assert_equal(run, whole)
 
 
 def kept(run: Path) -> int:
