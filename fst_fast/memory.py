@@ -8,7 +8,7 @@ from typing import Literal
 from fst_fast.config import Recompute
 from fst_fast.shape import Shape
 
-When = Literal["always", "loading", "learning", "sampling"]
+When = Literal["always", "loading", "learning", "sampling", "saving"]
 GIB = 2**30
 CHUNK_ROWS = 4096  # of fp32 logits at a time, the kernels' on a GPU
 CONTEXT = 1.5 * GIB  # CUDA, cuBLAS, NCCL and the engine's graphs (assumed)
@@ -29,6 +29,7 @@ class Layout:
     """How a run is laid out on the GPUs."""
 
     gpus: int
+    node: int  # of them in one machine
     recompute: Recompute
     fused: bool  # layers by Liger's kernels
     offload: bool  # masters and moments in the CPU's memory
@@ -40,6 +41,15 @@ class Layout:
     tokens: int  # of the longest context with its response
     gpu_fraction: float  # of the GPU, that vLLM takes
     gpu_bytes: float
+
+    @property
+    def shards(self) -> int:
+        """GPUs that share the trainer's state: those of one machine; each machine has all of it (ranks.py)."""
+        return min(self.gpus, self.node)
+
+    @property
+    def sharded(self) -> bool:
+        return self.gpus > 1 or self.offload
 
 
 def activations(shape: Shape, recompute: Recompute, tokens: int, size: int, *, fused: bool) -> float:
@@ -64,9 +74,8 @@ def activations(shape: Shape, recompute: Recompute, tokens: int, size: int, *, f
 def parts(shape: Shape, at: Layout) -> list[Part]:
     """Everything one GPU holds. Of several each has a share of the trainer's state (FSDP2: sharding.py), and an engine
     of its own."""
-    n, size = shape.parameters, at.bytes
-    sharded = at.gpus > 1 or at.offload
-    share, tokens = n / at.gpus, max(at.micro_tokens, at.tokens)
+    n, size, sharded = shape.parameters, at.bytes, at.sharded
+    share, tokens = n / at.shards, max(at.micro_tokens, at.tokens)
     layer = (shape.body / shape.layers) * size
     kept = activations(shape, at.recompute, tokens, size, fused=at.fused)
     out = [Part("CUDA context and libraries", CONTEXT, "always")]
@@ -106,6 +115,21 @@ def parts(shape: Shape, at: Layout) -> list[Part]:
         out.append(Part("engine's head in fp32", 4 * shape.head if size < 4 else 0, "always"))
         out.append(Part(f"KV cache of {at.sequences} sequences, grown by half", 1.5 * kv, "sampling"))
     return [p for p in out if p.bytes]
+
+
+def host_parts(shape: Shape, at: Layout) -> list[Part]:
+    """What all processes of one machine hold in its own memory beside that."""
+    n, size = shape.parameters, at.bytes
+    out = [
+        Part("a model a process, on its way to the GPU", at.shards * size * n, "loading"),
+        Part("copies of masters and moments, while they are written", 12 * n, "saving"),
+        Part("copy of the weights, on rank 0", size * n, "saving"),
+    ]
+    if at.offload:
+        out.append(
+            Part("offloaded masters, moments and gradients, fp32, and the base model", (16 + size) * n, "always")
+        )
+    return out
 
 
 def peak(of: list[Part]) -> float:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from fst_fast.config import Config, Recompute, Stage, check, evolves, pauses, proposals_of, stages
 from fst_fast.errors import UserError
-from fst_fast.memory import FRAGMENTS, GIB, Layout, kv_room, parts, peak
+from fst_fast.memory import FRAGMENTS, GIB, Layout, Part, host_parts, kv_room, parts, peak
 from fst_fast.model import GLYPH_BASE
 from fst_fast.rates import Hardware, Lengths, Roofline, kind_of, read_table
 from fst_fast.shape import Shape, read_shape
@@ -39,6 +39,8 @@ class PlanOptions:
     """Kind of device in the table of rates (h100, h200, a100, cpu); empty = this machine's GPU, else its CPU."""
     gpus: Annotated[int, Field(ge=1, le=100_000)] = 1
     """How many of them."""
+    node: Annotated[int, Field(ge=1, le=1000)] = 8
+    """GPUs of one machine: the trainer's state is spread over these, and every machine has all of it."""
     liger: bool = True
     """GPUs with the extra [liger], whose layers keep a third less for the backward pass."""
     model: str = ""
@@ -267,6 +269,7 @@ def layout_of(config: Config, options: PlanOptions, target: Target) -> Layout:
     context = options.prompt_tokens + options.problem_tokens
     return Layout(
         gpus=options.gpus,
+        node=options.node,
         recompute=config.slow.recompute,
         fused=options.liger and target.on_gpu,
         offload=config.slow.offload,
@@ -361,6 +364,7 @@ def speed_of(config: Config, options: PlanOptions, target: Target) -> Speed:
         Lengths(context, options.problem_tokens, min(response, config.rollout.max_new_tokens),
                 config.rollout.max_new_tokens),
         gpus=options.gpus,
+        shards=at.shards,
         bytes=at.bytes,
         batch=batch,
         eager=not at.vllm,
@@ -403,11 +407,12 @@ def report(config: Config, options: PlanOptions, target: Target, speed: Speed, w
     if target.on_gpu:
         at = layout_of(config, options, target)
         yield "memory of each GPU, GiB (arithmetic from the shape, 2 % below what a run on an H100 had)"
-        for p in sorted(parts(shape, at), key=lambda p: (p.when != "always", p.when, -p.bytes)):
-            yield f"  {p.bytes / GIB:8.2f}  {p.when:9} {p.name}"
+        yield from _table(parts(shape, at))
         needed = peak(parts(shape, at))
         lost = f"with {FRAGMENTS - 1:.0%} lost between blocks"
         yield f"  {needed / GIB:8.2f}  at the worst moment, {lost}: fits in {at.gpu_bytes / GIB:.1f}"
+        yield f"memory of the machine{'s, each' if at.gpus > at.node else ''}, GiB (arithmetic)"
+        yield from _table(host_parts(shape, at))
         yield ""
     yield "tokens (lengths: " + (
         "measured here with the embedded model)" if target.here
@@ -442,6 +447,11 @@ def report(config: Config, options: PlanOptions, target: Target, speed: Speed, w
         yield f"rates of {hardware.name}, and where they are from"
         for name, rate in hardware.rates.items():
             yield f"  {name:20}{rate.value:10g}  {rate.source}"
+
+
+def _table(of: list[Part]) -> Iterator[str]:
+    for p in sorted(of, key=lambda p: (p.when != "always", p.when, -p.bytes)):
+        yield f"  {p.bytes / GIB:8.2f}  {p.when:9} {p.name}"
 
 
 def _cost(

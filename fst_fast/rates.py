@@ -97,6 +97,7 @@ class Roofline:
     hardware: Hardware
     lengths: Lengths
     gpus: int
+    shards: int  # GPUs that share the trainer's state
     bytes: int
     batch: int  # sequences a GPU decodes together
     eager: bool  # the embedded engine: transformers layers, launched one by one
@@ -138,7 +139,7 @@ class Roofline:
         spared = (n.context - n.own) * (1 - 1 / under_prompt) + n.own * (1 - 1 / on_problem)
         forward -= count * 2.0 * self.shape.body * spared  # attention's few FLOPs over them are not
         passes = 3 + self.recompute + self.kl
-        share = self.shape.parameters / self.gpus
+        share = self.shape.parameters / self.shards
         # AdamW reads and writes masters, moments and gradient: 28 bytes a parameter; offloaded, over PCIe and in RAM
         update = 28 * share / (self.hardware["pcie_gbs"] * 1e9 if self.offload else self.hardware.bandwidth)
         return passes * forward / (self.gpus * self.hardware.peak * self.hardware["train_mfu"]) + updates * update

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fst_fast import calibrate, plan
+from fst_fast.checkpoint import _staged
 from fst_fast.cli import PlanCommand, TrainCommand, parse_train
-from fst_fast.config import GLYPH, Config, preset
+from fst_fast.config import GLYPH, Config, SlowConfig, preset
 from fst_fast.errors import UserError
-from fst_fast.memory import Part, activations, parts, peak
+from fst_fast.memory import Layout, Part, activations, host_parts, parts, peak
+from fst_fast.model import load_model
 from fst_fast.plan import Batch, PlanOptions, layout_of, phases, speed_of, target_of, work_of
 from fst_fast.rates import Hardware, Lengths, Rate, Roofline, kind_of, read_table
 from fst_fast.shape import PassWork, Shape, read_shape, shape_of
+from fst_fast.slow.policy import Policy
 from fst_fast.train import main, train
 from tests.models import save_tiny
 
@@ -151,6 +155,34 @@ def test_a_plan_counts_the_base_model_whatever_the_kl_and_a_whole_model_while_it
         assert base == (0 if offload else 2 * shape.parameters / 8)
         cut = 0 if offload else 2 * shape.parameters / 8  # its first part is a master already
         assert whole + trained + moments == pytest.approx(2 * shape.parameters + cut)
+
+
+def test_every_machine_has_all_of_the_trainers_state() -> None:
+    """Its GPUs share it among them, and not with those of another machine (ranks.joined's mesh)."""
+    config = replace(preset("qwen3-8b-math", "fst"), rollout=replace(Config().rollout, engine="vllm", problems=256))
+    shape = read_shape("qwen3-8b", field="plan.model")
+
+    def state(gpus: int, node: int) -> tuple[float, Layout]:
+        options = PlanOptions(gpu="h100", gpus=gpus, node=node, model="qwen3-8b")
+        at = layout_of(config, options, target_of(config, options))
+        return sum(p.bytes for p in parts(shape, at) if p.when == "always"), at
+
+    (eight, at_eight), (sixteen, at_sixteen), (one_machine, _) = state(8, 8), state(16, 8), state(16, 16)
+    assert eight == sixteen > one_machine
+    assert host_parts(shape, at_eight) == host_parts(shape, at_sixteen)
+    loading, *saving = host_parts(shape, at_eight)
+    assert loading.bytes == 8 * 2 * shape.parameters
+    assert sum(p.bytes for p in saving) == 14 * shape.parameters
+    (offloaded,) = (p for p in host_parts(shape, replace(at_eight, offload=True)) if p.when == "always")
+    assert offloaded.bytes == 18 * shape.parameters
+
+
+def test_what_is_copied_for_a_checkpoint_is_twelve_bytes_a_parameter(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path)
+    policy = Policy(load_model(str(tmp_path), dtype="bfloat16"), SlowConfig())
+    copied = [x for x in tree_leaves(_staged(policy.state_dict())) if isinstance(x, torch.Tensor)]
+    parameters = sum(p.numel() for p in policy.model.lm.parameters())
+    assert sum(x.nbytes for x in copied) == pytest.approx(12 * parameters, rel=1e-3)
 
 
 def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +347,16 @@ def test_a_race_costs_less_than_scoring_everybody_to_the_end() -> None:
 
 def roofline(**changes: object) -> Roofline:
     shape = read_shape("qwen3-8b", field="plan.model")
-    options = {"gpus": 8, "bytes": 2, "batch": 256, "eager": False, "kl": True, "recompute": 0.0, "offload": False}
+    options = {
+        "gpus": 8,
+        "shards": 8,
+        "bytes": 2,
+        "batch": 256,
+        "eager": False,
+        "kl": True,
+        "recompute": 0.0,
+        "offload": False,
+    }
     # the rates of a data sheet and of the simulator, whatever has been measured since
     rates = {"bandwidth_tbs": 3.35, "bandwidth_reached": 0.8, "prefill_mfu": 0.5, "train_mfu": 0.4, "sequence_us": 10.0}
     rates["iteration_us"] = 0.0

@@ -131,6 +131,22 @@ def test_the_gradient_is_that_of_the_papers_loss(model: Model, base: Model, chan
         assert error < 1e-4, (name, float(error))
 
 
+def test_in_bf16_it_is_that_gradient_up_to_the_rounding_of_activations(model: Model, base: Model) -> None:
+    config = replace(CONFIG, kl_coef=0.3, entropy_coef=0.2, micro_tokens=40)
+    half, half_base = (load_model(m.path, dtype="bfloat16") for m in (model, base))
+    groups = make_groups(half)
+    policy = Recorder(half, config)
+    Learner(policy, half_base, config).step(groups, random.Random(0))
+    exact, exact_base = (copy.deepcopy(m) for m in (model, base))
+    for m, rounded in ((exact, half), (exact_base, half_base)):
+        m.lm.load_state_dict(rounded.lm.state_dict())
+        m.lm.to(torch.float64)
+    for name, grad in gradients(exact, paper_loss(exact, groups, config, exact_base)).items():
+        assert policy.seen[name].dtype == torch.float32
+        error = (policy.seen[name].double() - grad).norm() / grad.norm().clamp(min=1e-6)
+        assert error < 0.03, (name, float(error))
+
+
 def test_the_cap_on_the_ratio_matters_in_this_test_data(model: Model, base: Model) -> None:
     learner = Learner(Recorder(model, CONFIG), base, CONFIG)
     assert 0.05 < learner.step(make_groups(model), random.Random(0)).metrics["clipped"] < 0.95
