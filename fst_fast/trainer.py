@@ -55,6 +55,27 @@ def check_empty(run_dir: Path, *, resume: bool) -> None:
         raise UserError(f"run_dir: {run_dir} is not empty; choose another, or continue it with --resume {run_dir}")
 
 
+def check_shared(run_dir: Path, ranks: Ranks) -> None:
+    """UserError unless all machines see the run directory: each writes its parts of a checkpoint there."""
+    if ranks.size == ranks.local:
+        return
+    mark = run_dir / ".shared"
+
+    def make() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+    ranks.first(make)
+    deadline = time.monotonic() + 10  # a network's file system may be late
+    while not (found := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    everywhere = all(ranks.join([found]))
+    if ranks.main:
+        mark.unlink()
+    if not everywhere:
+        raise UserError(f"run_dir: {run_dir} is another folder on each machine; give one that all of them share")
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step's rollouts, under way."""
@@ -132,6 +153,7 @@ class Trainer:
         """Start the run directory, or go back to its last good checkpoint; a run that was complete stays as it is."""
         config, run_dir, dry = self.config, self.run_dir, not self.ranks.main
         self.ranks.first(lambda: check_empty(run_dir, resume=resume))
+        check_shared(run_dir, self.ranks)
         self.reflectors = [
             make_reflector(config.fast, config.reflector, t, self._generate, self.ranks)
             if config.mode != "rl"

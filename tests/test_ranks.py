@@ -226,6 +226,17 @@ def test_a_reflector_that_costs_money_is_asked_once(tmp_path: Path, monkeypatch:
     assert len(server.received) == lines(tmp_path / "run" / "metrics.jsonl")[-1]["reflection"]["calls"] == 6
 
 
+def test_machines_that_do_not_share_the_run_directory_are_told_before_any_work(warm: Warm, tmp_path: Path) -> None:
+    """Or the first checkpoint would fail, an hour later."""
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    ended = warm.run(*flags(Path("run")), ranks=2, nodes=2, folders=folders)
+    said = "error: run_dir: run is another folder on each machine; give one that all of them share\n"
+    assert ended == (2, 2 * said)  # each machine's
+    assert [list(folder.rglob("*")) for folder in folders] == [[], []]
+
+
 # ---- the launcher ---------------------------------------------------------------------------------------------------
 
 

@@ -46,13 +46,22 @@ class Warm:
             cwd=Path(__file__).parents[1],
         )
 
-    def run(self, *argv: object, kill: Kill | float | None = None, ranks: int = 1, nodes: int = 1) -> Ended:
-        """The ended run; `kill` is a place or a number of seconds. More than one rank, spread over `nodes`: as
-        torchrun would start them, and the code and the last words are those of the first that failed."""
+    def run(
+        self,
+        *argv: object,
+        kill: Kill | float | None = None,
+        ranks: int = 1,
+        nodes: int = 1,
+        folders: Sequence[Path] = (),
+    ) -> Ended:
+        """The ended run; `kill` is a place or a number of seconds. More than one rank, spread over `nodes`, each in one
+        of `folders`: as torchrun would start them, and the code and the last words are those of the first that failed.
+        """
         log = self._folder / "stderr"
         assert self._server.stdin
         assert self._server.stdout
         request = {"argv": list(map(str, argv)), "kill": kill, "log": str(log), "ranks": ranks, "nodes": nodes}
+        request["folders"] = list(map(str, folders))
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         code = int(self._server.stdout.readline())
@@ -97,6 +106,8 @@ def _run_ranks(request: dict[str, Any]) -> int:
         if not child:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
             os.environ |= {"WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % node), "LOCAL_WORLD_SIZE": str(node)}
+            if request["folders"]:
+                os.chdir(request["folders"][rank // node])
             _run(request["argv"], None, request["log"])
         children.add(child)
     code = 0
