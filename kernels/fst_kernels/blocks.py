@@ -278,8 +278,10 @@ def policy_pass(
     logprobs, entropy = torch.zeros_like(batch.weights), torch.zeros_like(batch.weights)
     kl = None if ref is None else torch.zeros_like(batch.weights)
     learning = batch.learning() & any(wanted)
-    for learns, chosen in ((True, learning), (False, batch.live & ~learning)):
-        for rows in _split(chosen.nonzero().squeeze(1), chunk_rows, len(head.weight)):
+    # Both are read before anything large is launched: the host then runs ahead while a GPU works on the chunks.
+    of_both = [chosen.nonzero().squeeze(1) for chosen in (learning, batch.live & ~learning)]
+    for learns, chosen in zip((True, False), of_both, strict=True):
+        for rows in _split(chosen, chunk_rows, len(head.weight)):
             of_rows, logits = batch.at(rows), policy.logits(rows)
             ask = Ask(of_rows.targets, True, None if reference is None else reference.logits(rows))
             grad = logits.room(gradients.dtype) if learns else None

@@ -160,11 +160,12 @@ def assert_same_loss() -> Callable[..., None]:
 
 
 class Watcher(TorchDispatchMode):
-    """Records the multiply-adds of matrix products, the largest tensor made, and the peak of live bytes made."""
+    """Records the multiply-adds of matrix products, the largest tensor made, the peak of live bytes made, and how often
+    a host would have waited for a GPU once the first product was launched."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.multiply_adds = self.largest = self.live_bytes = self.peak_bytes = 0
+        self.multiply_adds = self.largest = self.live_bytes = self.peak_bytes = self.waits = 0
         self._seen: set[int] = set()
 
     def _forget(self, key: int, size: int) -> None:
@@ -180,6 +181,8 @@ class Watcher(TorchDispatchMode):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm):
             a, b = args[-2:]
             self.multiply_adds += a.shape[0] * a.shape[1] * b.shape[1]
+        if func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense):
+            self.waits += self.multiply_adds > 0
         for x in out if isinstance(out, tuple | list) else [out]:
             if not isinstance(x, Tensor):
                 continue

@@ -85,6 +85,15 @@ def test_masked_and_zero_advantage_rows_take_no_gradient_products(
     assert watcher.multiply_adds == (live + 2 * learning) * H * V
 
 
+def test_the_host_waits_for_nothing_once_the_first_product_is_launched(make_problem: Fixture, watcher: Any) -> None:
+    p = make_problem(N, H, V)  # with rows that learn, that are measured alone and that are masked
+    with watcher:
+        out = linear_policy_loss(p.hidden, p.weight, *p.rows, p.mask, weight_max=4.0, chunk_rows=8, bias=p.bias)
+        out.loss.backward()
+    assert watcher.multiply_adds
+    assert watcher.waits == 0
+
+
 def test_compacting_zero_advantage_rows_keeps_loss_denominator_and_measures(make_problem: Fixture) -> None:
     p = make_problem(N, H, V)
     moved = p.advantages + 1e-30 * (p.advantages == 0)  # not zero, so nothing is compacted
