@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
@@ -148,7 +149,7 @@ def _cycle(work: Work, config: Config, pool: float, proposals: int, stage: Stage
     accepted = ACCEPTED * proposals
     reuses = fast.reuse and config.mode == "fst"
     heats = 3 if fast.race else 1
-    first, all_of_them = (scored(newcomers, problems, config) for newcomers in ([pool], [pool, accepted]))
+    first, all_of_them = (scored(newcomers, problems, config) for newcomers in ((pool,), (pool, accepted)))
     pool_scores = Batch("scoring", first / heats)
     child_scores = Batch("scoring", (all_of_them - first) / heats / rounds)
     minibatch = Batch("minibatch", proposals / rounds * fast.minibatch)  # of the parents, and of their children
@@ -174,7 +175,8 @@ def asked_ahead(config: Config, steps: int) -> int:
     return sum(all(step % every for every in pauses(config)) for step in range(steps))
 
 
-def scored(newcomers: Sequence[float], problems: int, config: Config) -> float:
+@cache  # most cycles of a run are alike
+def scored(newcomers: tuple[float, ...], problems: int, config: Config) -> float:
     """Rollouts of the race that so many prompts enter, group after group: the real one, with dice for rewards."""
     from fst_fast.fast.race import Race
     from fst_fast.records import Problem, Prompt

@@ -340,9 +340,9 @@ def test_vllms_host_is_waited_for_where_it_is_slower_than_the_gpu() -> None:
 
 def test_a_race_costs_less_than_scoring_everybody_to_the_end() -> None:
     everybody = replace(GLYPH, fast=replace(GLYPH.fast, race=False))
-    assert plan.scored([10], 24, everybody) == 240
-    assert 24 * 4 < plan.scored([10], 24, GLYPH) < 240
-    assert plan.scored([10], 24 * 10**6, GLYPH) == pytest.approx(10**6 * plan.scored([10], 24, GLYPH), rel=0.2)
+    assert plan.scored((10,), 24, everybody) == 240
+    assert 24 * 4 < plan.scored((10,), 24, GLYPH) < 240
+    assert plan.scored((10,), 24 * 10**6, GLYPH) == pytest.approx(10**6 * plan.scored((10,), 24, GLYPH), rel=0.2)
 
 
 def roofline(**changes: object) -> Roofline:
