@@ -36,6 +36,7 @@ from fst_fast.slow.policy import Policy
 from fst_fast.trainer import BASE_VERSION
 from tests.fast.test_endpoint import Endpoint, Handler
 from tests.models import save_tiny
+from tests.once import once
 from tests.warm import Warm
 
 RUN: dict[str, object] = {
@@ -66,14 +67,13 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 @pytest.fixture(scope="module")
 def on(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """The finished run on so many ranks; 4 are two nodes of two."""
-    made: dict[int, Path] = {}
 
     def of(ranks: int) -> Path:
-        if ranks not in made:
-            made[ranks] = tmp_path_factory.mktemp("ranks") / "run"
-            ended = warm.run(*flags(made[ranks]), ranks=ranks, nodes=max(1, ranks // 2))
+        def make(run: Path) -> None:
+            ended = warm.run(*flags(run), ranks=ranks, nodes=max(1, ranks // 2))
             assert ended.code == 0, ended.stderr
-        return made[ranks]
+
+        return once(tmp_path_factory, f"ranks/{ranks}", make)
 
     return of
 

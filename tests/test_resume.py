@@ -18,6 +18,7 @@ from fst_fast.model import load_model
 from fst_fast.slow.policy import Policy
 from fst_fast.train import Trainer, main
 from tests.models import save_tiny
+from tests.once import once
 from tests.warm import Kill, Warm
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +145,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
     """The command line of one of RUNS in a run directory."""
-    random_model = str(save_tiny("qwen3", tmp_path_factory.mktemp("random")))
+    random_model = str(once(tmp_path_factory, "resume/random model", lambda folder: save_tiny("qwen3", folder)))
 
     def of(run: str, run_dir: Path) -> list[str]:
         values = {name: str(value).replace("{random model}", random_model) for name, value in RUNS[run].items()}
@@ -155,16 +156,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, flags: Flags) -> Whole:
-    """The uninterrupted run, made in this process: another one than the killed runs', hash seed included."""
-    made: dict[str, Path] = {}
-
-    def of(run: str) -> Path:
-        if run not in made:
-            made[run] = tmp_path_factory.mktemp("whole") / run
-            main(flags(run, made[run]))
-        return made[run]
-
-    return of
+    """The uninterrupted run, made in a process of pytest: another one than the killed runs', hash seed included."""
+    return lambda run: once(tmp_path_factory, f"resume/{run}", lambda folder: main(flags(run, folder)))
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -15,6 +15,7 @@ from fst_fast import checkpoint, cli, train
 from fst_fast.rollout import dispatch
 from fst_fast.rollout.engine import Completion
 from fst_fast.rollout.torch_engine import TorchEngine
+from tests.once import once
 from tests.test_resume import SMALL, assert_equal, records, tree
 
 
@@ -24,9 +25,7 @@ def flags(run_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("whole") / "run"
-    train.main(flags(run))
-    return run
+    return once(tmp_path_factory, "faults/whole", lambda run: train.main(flags(run)))
 
 
 Step = Callable[[TorchEngine], list[Completion]]
@@ -109,14 +108,15 @@ def run_until_step_three(argv: list[str], then: Callable[[pytest.MonkeyPatch], N
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that ended in step 3, with a checkpoint at 2 and records of the cycle and the step after it."""
-    run = tmp_path_factory.mktemp("killed") / "run"
 
     def kill(patch: pytest.MonkeyPatch) -> None:
         raise Killed
 
-    with pytest.raises(Killed):
-        run_until_step_three(flags(run), kill)
-    return run
+    def make(run: Path) -> None:
+        with pytest.raises(Killed):
+            run_until_step_three(flags(run), kill)
+
+    return once(tmp_path_factory, "faults/killed", make)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
