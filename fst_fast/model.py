@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 GLYPH_BASE = Path(__file__).parent / "assets" / "glyph-base"
 PROBES = ("a", "Z", "7", "(", "é")  # contents that begin differently
+_TRIALS: list[list[Message]] = [  # which no chat template may show alike
+    [{"role": "system", "content": prompt}, {"role": "user", "content": problem}]
+    for prompt, problem in (("a prompt", "a problem"), ("another prompt", "a problem"), ("a prompt", "another problem"))
+]
 MAX_HEADS = 1024
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -174,11 +178,17 @@ class Model:
         return tuple(encoded["input_ids"])
 
     def check_template(self) -> None:
-        """Whether the chat template takes a system prompt, or can do without. UserError when it takes neither."""
+        """Whether the chat template takes a system prompt, or can do without. UserError when it takes neither.
+
+        Some raise on a system message, some leave it out without a word.
+        """
+        problem: Exception = ValueError("it leaves the content out")
         for self._folds_system in (False, True):
+            self._heads.clear()
             try:
-                self.encode_chat([{"role": "system", "content": "a prompt"}, {"role": "user", "content": "a problem"}])
-                return
+                if len({self._apply_template(chat) for chat in _TRIALS}) == len(_TRIALS):
+                    self.encode_chat(_TRIALS[0])
+                    return
             except Exception as error:  # a template is a program
                 problem = error
         raise UserError(

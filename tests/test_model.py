@@ -38,6 +38,16 @@ def test_a_template_without_a_system_role_gets_the_prompt_in_the_users_message(t
     assert text.replace("Ċ", "\n").split() == ["<user>use", "upper", "case.", "a", "b"]
 
 
+def test_a_template_that_leaves_the_system_prompt_out_gets_it_in_the_users_message(tmp_path: Path) -> None:
+    """Otherwise every prompt of the population is the same to the policy, and no one is told."""
+    silent = "{% for m in messages if m.role != 'system' %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+    model = load_model(with_template(tmp_path, silent))
+    text = model.tokenizer.decode(model.encode_chat(CHAT))
+    assert text.replace("Ċ", "\n").split() == ["<user>use", "upper", "case.", "a", "b"]
+    other = [{"role": "system", "content": "use lower case."}, CHAT[1]]
+    assert model.encode_chat(other) != model.encode_chat(CHAT)
+
+
 def test_thinking_reaches_the_template(tmp_path: Path) -> None:
     template = "{{ messages[-1].content }}{% if enable_thinking is defined and not enable_thinking %} no{% endif %}"
     folder = with_template(tmp_path, template)
@@ -48,6 +58,8 @@ def test_thinking_reaches_the_template(tmp_path: Path) -> None:
 def test_a_template_that_takes_nothing_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not take a user message: never"):
         load_model(with_template(tmp_path, "{{ raise_exception('never') }}"))
+    with pytest.raises(UserError, match="does not take a user message: it leaves the content out"):
+        load_model(with_template(tmp_path, "<user>hello<assistant>"))
 
 
 def test_an_engine_that_attends_otherwise_than_the_model_is_refused(
