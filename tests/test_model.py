@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from fst_fast.errors import UserError
 from fst_fast.model import _through_two_layers, load_model
@@ -60,6 +61,28 @@ def test_a_template_that_takes_nothing_is_a_user_error(tmp_path: Path) -> None:
         load_model(with_template(tmp_path, "{{ raise_exception('never') }}"))
     with pytest.raises(UserError, match="does not take a user message: it leaves the content out"):
         load_model(with_template(tmp_path, "<user>hello<assistant>"))
+
+
+def test_a_sequence_has_the_same_states_whatever_is_beside_it_up_to_the_context(tmp_path: Path) -> None:
+    """LongRoPE: one sequence beyond the original length would turn the tokens of all."""
+    save_tiny("llama", tmp_path)  # for its tokenizer
+    sizes = {"vocab_size": 2048, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = Phi3Config(
+        **sizes, num_attention_heads=3, num_key_value_heads=3, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        max_position_embeddings=512, original_max_position_embeddings=64, rope_parameters=rope,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lm = Phi3ForCausalLM(config)
+    with torch.no_grad():  # large enough that positions matter
+        for p in lm.parameters():
+            p.mul_(3.0) if p.ndim > 1 else None
+    lm.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    rows = torch.randint(5, 300, (2, model.context))
+    with torch.no_grad():
+        alone, beside = model.hidden(rows[:1, :20]), model.hidden(rows)[:1, :20]
+    assert torch.allclose(alone, beside, atol=1e-5)
 
 
 def test_an_engine_that_attends_otherwise_than_the_model_is_refused(
