@@ -201,7 +201,7 @@ class Model:
 
     def decode(self, response_ids: tuple[int, ...]) -> str:
         """Text of a response, without its end token and without surrounding white space."""
-        return self.tokenizer.decode([i for i in response_ids if i not in self.eos_ids]).strip()
+        return self._text([i for i in response_ids if i not in self.eos_ids]).strip()
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, TokenizersBackend
 
 from fst_fast.errors import UserError
-from fst_fast.model import _through_two_layers, load_model
+from fst_fast.model import Model, _through_two_layers, load_model
 from fst_fast.rollout import torch_engine
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.torch_engine import TorchEngine
@@ -83,6 +85,20 @@ def test_a_sequence_has_the_same_states_whatever_is_beside_it_up_to_the_context(
     with torch.no_grad():
         alone, beside = model.hidden(rows[:1, :20]), model.hidden(rows)[:1, :20]
     assert torch.allclose(alone, beside, atol=1e-5)
+
+
+def test_a_response_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Some tokenizers are set to take spaces before punctuation out: of answers that are verified."""
+    folder = save_tiny("llama", tmp_path)
+    words = Tokenizer(Unigram([("<unk>", 0.0), *((f"▁{w}", -1.0) for w in ("a", ",", "b", "<end>"))], unk_id=0))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = TokenizersBackend(
+        tokenizer_object=words, eos_token="▁<end>", unk_token="<unk>", clean_up_tokenization_spaces=True
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    assert Model(lm, tokenizer, str(folder)).decode((1, 2, 3, 4)) == "a , b"
 
 
 def test_an_engine_that_attends_otherwise_than_the_model_is_refused(
