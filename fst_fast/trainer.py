@@ -319,8 +319,9 @@ class Trainer:
         if self.meter.gpus:
             record["time"]["gpu_tokens_per_second"] = speed / self.meter.gpus
         if self.peak and report.log_ratios:
-            sampled, kl = sampling_work(fresh), self.config.slow.kl_coef > 0
-            record["time"] |= mfu(self.shape, self.peak, report.work, sampled, record["time"], kl=kl)
+            sampled, slow = sampling_work(fresh), self.config.slow
+            passes = {"kl": slow.kl_coef > 0, "lora": slow.lora_rank > 0}
+            record["time"] |= mfu(self.shape, self.peak, report.work, sampled, record["time"], **passes)
         self.telemetry.write(record, prompt=self.state.best.text)
         if rollouts:  # what was learned from wrong ones is not saved
             limit = self.config.rollout.max_mismatch or MISMATCH[self.model.dtype]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from fst_fast.config import GLYPH, Config
 from fst_fast.errors import UserError
@@ -24,8 +25,10 @@ from fst_fast.meter import Meter, mfu, sampling_work, together
 from fst_fast.ranks import Ranks
 from fst_fast.records import Problem, Prompt, Rollout, SamplingParams, Verdict
 from fst_fast.shape import PassWork, Shape
+from fst_fast.slow.lora import adapt
 from fst_fast.telemetry import Telemetry, count, plain, print_summary, read_run, scalars
 from fst_fast.train import main
+from tests.models import tiny
 
 CONFIG = replace(GLYPH, tensorboard=False)
 EVIL = "[red]first[/red] line\nsecond \x1b[31mred\x07 \ud800 \u202egnp.exe {{7*7}} " + "x" * 10**6
@@ -441,11 +444,34 @@ def test_flops_utilisation_counts_a_shared_prompt_once() -> None:
     sampled = sampling_work([rollout(prompt, (1, 2)), rollout(prompt, (1, 2)), rollout(other, (1,))])
     assert sampled == PassWork(10 + 1 + 2 + 2 + 1, 55 + 4 + 2 * (11 + 12) + 5, 5)
     learned = PassWork(100, 1000, 10)
-    found = mfu(shape, 1e6, learned, sampled, {"learn": 2.0, "seconds": 8.0}, kl=True)
+    spent = {"learn": 2.0, "seconds": 8.0}
+    found = mfu(shape, 1e6, learned, sampled, spent, kl=True, lora=False)
     learning = 4 * (2 * 300 * 100 + 4 * 2 * 8 * 1000 + 2 * 64 * 10)
     sampling = 2 * 300 * 16 + 4 * 2 * 8 * 110 + 2 * 64 * 5
     assert found == pytest.approx({"mfu": learning / 2e6, "step_mfu": (learning + sampling) / 8e6})
-    assert mfu(shape, 1e6, learned, sampled, {"learn": 2.0, "seconds": 8.0}, kl=False)["mfu"] == 0.75 * found["mfu"]
+    assert mfu(shape, 1e6, learned, sampled, spent, kl=False, lora=False)["mfu"] == 0.75 * found["mfu"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_learning_takes_as_many_forward_passes_as_flops_utilisation_says(lora: bool, tmp_path: Path) -> None:
+    """Frozen weights have no gradient of their own; torch counts the FLOPs."""
+    model = tiny("llama", tmp_path)
+    if lora:
+        adapt(model, 1, 0)
+    ids = torch.arange(5, 37)[None]
+
+    def flops(backward: bool) -> int:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            logits = model.lm(input_ids=ids).logits
+            if backward:
+                logits.log_softmax(-1)[0, :, 3].sum().backward()
+        return counter.get_total_flops()
+
+    shape, work = Shape("", 1, 1, 1, 1, 1, vocab=1, context=1, parameters=2, tied=False), PassWork(1, 1, 1)
+    rates = mfu(shape, 1.0, work, PassWork(), {"learn": 1.0, "seconds": 1.0}, kl=False, lora=lora)
+    passes = rates["mfu"] / shape.forward_flops(work)
+    # the first layer's input needs no gradient, and the updates cost a little
+    assert flops(backward=True) / flops(backward=False) == pytest.approx(passes, rel=0.1)
 
 
 def rollout(prompt: tuple[int, ...], response: tuple[int, ...]) -> Rollout:
