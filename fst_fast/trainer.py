@@ -101,7 +101,9 @@ class Trainer:
         self.longest = check_context(self.base, self.tasks, self.ood, config)
         self.inputs = fingerprint([*self.tasks, *([self.ood] if self.ood else [])], self.base)
         self.shape = shape_of(self.base.lm.config, sum(p.numel() for p in self.base.lm.parameters()), path)
-        self.peak = self.ranks.size * peak_flops(self.base.device, config.peak_tflops)
+        # of a mixture of experts the shape counts them all for every token: no utilisation then
+        dense = not any(".experts." in name for name, _ in self.base.lm.named_parameters())
+        self.peak = self.ranks.size * peak_flops(self.base.device, config.peak_tflops) * dense
         self._shard(self.base)  # before the next one is loaded: a GPU holds one whole model at a time
         self.model = load_model(path, **loading)
         if config.slow.lora_rank:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fst_fast.config import GLYPH, Config
 from fst_fast.errors import UserError
@@ -28,7 +29,8 @@ from fst_fast.shape import PassWork, Shape
 from fst_fast.slow.lora import adapt
 from fst_fast.telemetry import Telemetry, count, plain, print_summary, read_run, scalars
 from fst_fast.train import main
-from tests.models import tiny
+from fst_fast.trainer import Trainer
+from tests.models import save_tiny, tiny
 
 CONFIG = replace(GLYPH, tensorboard=False)
 EVIL = "[red]first[/red] line\nsecond \x1b[31mred\x07 \ud800 \u202egnp.exe {{7*7}} " + "x" * 10**6
@@ -480,6 +482,21 @@ def rollout(prompt: tuple[int, ...], response: tuple[int, ...]) -> Rollout:
     return Rollout(
         Prompt(""), Problem("", {}), 0, "rl", prompt, response, (0.0,) * n, ((0, n),), sampling, "stop", "", "", verdict
     )
+
+
+def test_a_mixture_of_experts_says_no_flops_utilisation(tmp_path: Path) -> None:
+    """It would count all experts for every token: of Qwen3-30B-A3B ten times as many parameters as are used."""
+    save_tiny("llama", tmp_path)  # for its tokenizer
+    sizes: dict[str, Any] = {
+        "vocab_size": 2048, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(tmp_path)
+    config = Config(peak_tflops=1e-3, stream="glyph:A@1", mode="rl", threads=1)
+    of_experts = Trainer(replace(config, model=replace(config.model, path=str(tmp_path))), tmp_path / "run")
+    assert not of_experts.peak
+    assert Trainer(replace(GLYPH, peak_tflops=1e-3), tmp_path / "run").peak == 1e9
 
 
 def test_a_real_run_accounts_for_its_time_and_with_a_peak_for_its_flops(tmp_path: Path) -> None:
