@@ -182,7 +182,8 @@ def test_options_are_validated_by_pydantic() -> None:
 @pytest.mark.parametrize(
     ("response", "answer"),
     [("5", "5"), ("so it is\n 5 \n", "5"), ("x\nAnswer: 5\nbecause 6", "5"), ("**Answer**: 5", "5"),
-     ("answer:\n\n5", "5"), ("answer: 4 no, answer: 5", "5"), ("", ""), ("answer:", ""), ("\n", "")],
+     ("answer:\n\n5", "5"), ("answer: 4 no, answer: 5", "5"), ("", ""), ("answer:", ""), ("\n", ""),
+     ("<think>\nanswer: 4?\n</think>\n5", "5"), ("<think>\nanswer: 5? or", ""), ("<think>\nmaybe it is 5", "")],
 )  # fmt: skip
 def test_the_final_answer_is_what_follows_answer_or_the_last_line(response: str, answer: str) -> None:
     assert final_answer(response) == answer
