@@ -244,6 +244,10 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
         )
     except Exception as error:  # whatever a broken folder makes transformers, safetensors and pickle raise
         raise UserError(f"model.path: {folder} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    if getattr(lm, "is_quantized", False):  # they get no gradient: the norms and the embedding alone would learn
+        raise UserError(
+            f"model.path: the weights of {folder} are quantized, and cannot be trained; use the model in bf16 or fp32"
+        )
     # transformers draws these at random
     if unfit := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
         raise UserError(

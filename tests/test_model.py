@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,21 @@ def test_a_template_that_takes_nothing_is_a_user_error(tmp_path: Path) -> None:
         load_model(with_template(tmp_path, "{{ raise_exception('never') }}"))
     with pytest.raises(UserError, match="does not take a user message: it leaves the content out"):
         load_model(with_template(tmp_path, "<user>hello<assistant>"))
+
+
+def test_quantized_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bitsandbytes a 4-bit Llama was loaded, sampled from, and learned in its norms, embedding and head alone."""
+    save_tiny("llama", tmp_path)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def quantized(*args: Any, **kwargs: Any) -> Any:
+        lm, found = load(*args, **kwargs)
+        lm.is_quantized = True  # as transformers says of any that it left quantized
+        return lm, found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", quantized)
+    with pytest.raises(UserError, match="are quantized, and cannot be trained"):
+        load_model(str(tmp_path))
 
 
 def test_a_sequence_has_the_same_states_whatever_is_beside_it_up_to_the_context(tmp_path: Path) -> None:
