@@ -248,6 +248,11 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
         raise UserError(
             f"model.path: the weights of {folder} are quantized, and cannot be trained; use the model in bf16 or fp32"
         )
+    if getattr(lm, "_hf_peft_config_loaded", False):  # in what is trained and not in `Model.weights`
+        raise UserError(
+            f"model.path: {folder} holds an adapter beside the model; merge it into the weights, or remove its "
+            "adapter_config.json"
+        )
     # transformers draws these at random
     if unfit := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
         raise UserError(

@@ -81,6 +81,16 @@ def test_quantized_weights_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         load_model(str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:
+    """transformers puts it into the model by itself: it would be trained with, and missing in what is exported."""
+    peft = pytest.importorskip("peft")
+    lm = AutoModelForCausalLM.from_pretrained(save_tiny("llama", tmp_path))
+    peft.get_peft_model(lm, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds an adapter beside the model; merge it"):
+        load_model(str(tmp_path))
+
+
 def test_a_sequence_has_the_same_states_whatever_is_beside_it_up_to_the_context(tmp_path: Path) -> None:
     """LongRoPE: one sequence beyond the original length would turn the tokens of all."""
     save_tiny("llama", tmp_path)  # for its tokenizer
