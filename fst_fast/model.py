@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,12 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
         raise UserError(
             f"model.path: the weights of {folder} do not fit its config.json: {len(unfit)} tensors are missing or of "
             f"another shape, e.g. {unfit[0]}"
+        )
+    if extra := sorted(found["unexpected_keys"]):  # no error: some folders hold more, for other uses
+        warnings.warn(
+            f"model.path: {folder} holds {len(extra)} tensors that its config.json has no place for, e.g. {extra[0]}: "
+            "they are left out; if they belong to the model, its config.json is another model's",
+            stacklevel=2,
         )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"model.path: {folder} has no tokenizer; save one there with tokenizer.save_pretrained(...)")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import Unigram
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, TokenizersBackend
@@ -64,6 +65,16 @@ def test_a_template_that_takes_nothing_is_a_user_error(tmp_path: Path) -> None:
         load_model(with_template(tmp_path, "{{ raise_exception('never') }}"))
     with pytest.raises(UserError, match="does not take a user message: it leaves the content out"):
         load_model(with_template(tmp_path, "<user>hello<assistant>"))
+
+
+def test_weights_that_the_model_has_no_place_for_are_named(tmp_path: Path) -> None:
+    """A Qwen2 under a Llama's config.json loses the biases of its attention, and is another model."""
+    save_tiny("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
+    save_file(tensors | bias, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match="holds 1 tensors that its config.json has no place for, e.g. model.layers.0"):
+        load_model(str(tmp_path))
 
 
 def test_quantized_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
