@@ -69,15 +69,16 @@ class Meter:
 
 
 def mfu(
-    shape: Shape, peak: float, learned: PassWork, sampled: PassWork, spent: Mapping[str, float], *, kl: bool
+    shape: Shape, peak: float, learned: PassWork, sampled: PassWork, spent: Mapping[str, float], *, kl: bool, lora: bool
 ) -> dict[str, float]:
     """Model FLOPs utilisation of learning alone and of the whole step, by the seconds `spent` (shape.py counts).
 
-    `peak` in FLOP/s. Learning: three forward passes' worth of the policy over what was `learned` from, with `kl` one of
-    the base. The whole step: also one over what was `sampled`. A prefix that a pass shares counts once; padding,
-    recomputation and the reuse gate count nothing.
+    `peak` in FLOP/s. Learning: three forward passes' worth of the policy over what was `learned` from, with `lora` two,
+    since frozen weights get no gradient; with `kl` one of the base. The whole step: also one over what was `sampled`. A
+    prefix that a pass shares counts once; padding, recomputation, the reuse gate and low-rank updates count nothing.
     """
-    learning, sampling = (4 if kl else 3) * shape.forward_flops(learned), shape.forward_flops(sampled)
+    passes = (2 if lora else 3) + kl
+    learning, sampling = passes * shape.forward_flops(learned), shape.forward_flops(sampled)
     return {"mfu": learning / spent["learn"] / peak, "step_mfu": (learning + sampling) / spent["seconds"] / peak}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 GLYPH_BASE = Path(__file__).parent / "assets" / "glyph-base"
 PROBES = ("a", "Z", "7", "(", "é")  # contents that begin differently
+_TRIALS: list[list[Message]] = [  # which no chat template may show alike
+    [{"role": "system", "content": prompt}, {"role": "user", "content": problem}]
+    for prompt, problem in (("a prompt", "a problem"), ("another prompt", "a problem"), ("a prompt", "another problem"))
+]
 MAX_HEADS = 1024
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -41,7 +46,7 @@ class Model:
         self.config = lm.config.get_text_config()
         self._dtype: torch.dtype = lm.dtype
         self.device = lm.device
-        self.context: int = int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+        self.context: int = _context(self.config)
         layer_types = getattr(self.config, "layer_types", None)
         window = getattr(self.config, "sliding_window", None)
         # older configurations (Mistral, Phi-3) have one window for all layers, and their models take one plain mask
@@ -174,11 +179,17 @@ class Model:
         return tuple(encoded["input_ids"])
 
     def check_template(self) -> None:
-        """Whether the chat template takes a system prompt, or can do without. UserError when it takes neither."""
+        """Whether the chat template takes a system prompt, or can do without. UserError when it takes neither.
+
+        Some raise on a system message, some leave it out without a word.
+        """
+        problem: Exception = ValueError("it leaves the content out")
         for self._folds_system in (False, True):
+            self._heads.clear()
             try:
-                self.encode_chat([{"role": "system", "content": "a prompt"}, {"role": "user", "content": "a problem"}])
-                return
+                if len({self._apply_template(chat) for chat in _TRIALS}) == len(_TRIALS):
+                    self.encode_chat(_TRIALS[0])
+                    return
             except Exception as error:  # a template is a program
                 problem = error
         raise UserError(
@@ -191,7 +202,7 @@ class Model:
 
     def decode(self, response_ids: tuple[int, ...]) -> str:
         """Text of a response, without its end token and without surrounding white space."""
-        return self.tokenizer.decode([i for i in response_ids if i not in self.eos_ids]).strip()
+        return self._text([i for i in response_ids if i not in self.eos_ids]).strip()
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -234,11 +245,26 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
         )
     except Exception as error:  # whatever a broken folder makes transformers, safetensors and pickle raise
         raise UserError(f"model.path: {folder} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    if getattr(lm, "is_quantized", False):  # they get no gradient: the norms and the embedding alone would learn
+        raise UserError(
+            f"model.path: the weights of {folder} are quantized, and cannot be trained; use the model in bf16 or fp32"
+        )
+    if getattr(lm, "_hf_peft_config_loaded", False):  # in what is trained and not in `Model.weights`
+        raise UserError(
+            f"model.path: {folder} holds an adapter beside the model; merge it into the weights, or remove its "
+            "adapter_config.json"
+        )
     # transformers draws these at random
     if unfit := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
         raise UserError(
             f"model.path: the weights of {folder} do not fit its config.json: {len(unfit)} tensors are missing or of "
             f"another shape, e.g. {unfit[0]}"
+        )
+    if extra := sorted(found["unexpected_keys"]):  # no error: some folders hold more, for other uses
+        warnings.warn(
+            f"model.path: {folder} holds {len(extra)} tensors that its config.json has no place for, e.g. {extra[0]}: "
+            "they are left out; if they belong to the model, its config.json is another model's",
+            stacklevel=2,
         )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"model.path: {folder} has no tokenizer; save one there with tokenizer.save_pretrained(...)")
@@ -320,6 +346,15 @@ def on_device(x: torch.Tensor | np.ndarray | Sequence[Any], device: torch.device
 def whole(x: torch.Tensor) -> torch.Tensor:
     """A DTensor gathered from its ranks, which all ask for it; a plain tensor as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def _context(config: Any) -> int:
+    """Tokens of the longest sequence. Under LongRoPE (Phi) no more than it was first trained on: beyond that every
+    token is turned otherwise, those before it and those of other sequences in the batch too."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some have one for each kind of layer
+    first = [int(r["original_max_position_embeddings"]) for r in kinds if r.get("rope_type") == "longrope"]
+    return min([int(getattr(config, "max_position_embeddings", None) or 1 << 30), *first])
 
 
 def _common(a: Sequence[object], b: Sequence[object]) -> int:

@@ -122,7 +122,9 @@ class Trainer:
         self.longest = check_context(self.base, self.tasks, self.ood, config)
         self.inputs = fingerprint([*self.tasks, *([self.ood] if self.ood else [])], self.base)
         self.shape = shape_of(self.base.lm.config, sum(p.numel() for p in self.base.lm.parameters()), path)
-        self.peak = self.ranks.size * peak_flops(self.base.device, config.peak_tflops)
+        # of a mixture of experts the shape counts them all for every token: no utilisation then
+        dense = not any(".experts." in name for name, _ in self.base.lm.named_parameters())
+        self.peak = self.ranks.size * peak_flops(self.base.device, config.peak_tflops) * dense
         self._shard(self.base)  # before the next one is loaded: a GPU holds one whole model at a time
         self.model = load_model(path, **loading)
         if config.slow.lora_rank:
@@ -341,8 +343,9 @@ class Trainer:
         if self.meter.gpus:
             record["time"]["gpu_tokens_per_second"] = speed / self.meter.gpus
         if self.peak and report.log_ratios:
-            sampled, kl = sampling_work(fresh), self.config.slow.kl_coef > 0
-            record["time"] |= mfu(self.shape, self.peak, report.work, sampled, record["time"], kl=kl)
+            sampled, slow = sampling_work(fresh), self.config.slow
+            passes = {"kl": slow.kl_coef > 0, "lora": slow.lora_rank > 0}
+            record["time"] |= mfu(self.shape, self.peak, report.work, sampled, record["time"], **passes)
         self.telemetry.write(record, prompt=self.state.best.text)
         if rollouts:  # what was learned from wrong ones is not saved
             limit = self.config.rollout.max_mismatch or MISMATCH[self.model.dtype]

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fst_fast.config import GLYPH, Config
 from fst_fast.errors import UserError
@@ -24,8 +26,11 @@ from fst_fast.meter import Meter, mfu, sampling_work, together
 from fst_fast.ranks import Ranks
 from fst_fast.records import Problem, Prompt, Rollout, SamplingParams, Verdict
 from fst_fast.shape import PassWork, Shape
+from fst_fast.slow.lora import adapt
 from fst_fast.telemetry import Telemetry, count, plain, print_summary, read_run, scalars
 from fst_fast.train import main
+from fst_fast.trainer import Trainer
+from tests.models import save_tiny, tiny
 
 CONFIG = replace(GLYPH, tensorboard=False)
 EVIL = "[red]first[/red] line\nsecond \x1b[31mred\x07 \ud800 \u202egnp.exe {{7*7}} " + "x" * 10**6
@@ -441,11 +446,34 @@ def test_flops_utilisation_counts_a_shared_prompt_once() -> None:
     sampled = sampling_work([rollout(prompt, (1, 2)), rollout(prompt, (1, 2)), rollout(other, (1,))])
     assert sampled == PassWork(10 + 1 + 2 + 2 + 1, 55 + 4 + 2 * (11 + 12) + 5, 5)
     learned = PassWork(100, 1000, 10)
-    found = mfu(shape, 1e6, learned, sampled, {"learn": 2.0, "seconds": 8.0}, kl=True)
+    spent = {"learn": 2.0, "seconds": 8.0}
+    found = mfu(shape, 1e6, learned, sampled, spent, kl=True, lora=False)
     learning = 4 * (2 * 300 * 100 + 4 * 2 * 8 * 1000 + 2 * 64 * 10)
     sampling = 2 * 300 * 16 + 4 * 2 * 8 * 110 + 2 * 64 * 5
     assert found == pytest.approx({"mfu": learning / 2e6, "step_mfu": (learning + sampling) / 8e6})
-    assert mfu(shape, 1e6, learned, sampled, {"learn": 2.0, "seconds": 8.0}, kl=False)["mfu"] == 0.75 * found["mfu"]
+    assert mfu(shape, 1e6, learned, sampled, spent, kl=False, lora=False)["mfu"] == 0.75 * found["mfu"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_learning_takes_as_many_forward_passes_as_flops_utilisation_says(lora: bool, tmp_path: Path) -> None:
+    """Frozen weights have no gradient of their own; torch counts the FLOPs."""
+    model = tiny("llama", tmp_path)
+    if lora:
+        adapt(model, 1, 0)
+    ids = torch.arange(5, 37)[None]
+
+    def flops(backward: bool) -> int:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            logits = model.lm(input_ids=ids).logits
+            if backward:
+                logits.log_softmax(-1)[0, :, 3].sum().backward()
+        return counter.get_total_flops()
+
+    shape, work = Shape("", 1, 1, 1, 1, 1, vocab=1, context=1, parameters=2, tied=False), PassWork(1, 1, 1)
+    rates = mfu(shape, 1.0, work, PassWork(), {"learn": 1.0, "seconds": 1.0}, kl=False, lora=lora)
+    passes = rates["mfu"] / shape.forward_flops(work)
+    # the first layer's input needs no gradient, and the updates cost a little
+    assert flops(backward=True) / flops(backward=False) == pytest.approx(passes, rel=0.1)
 
 
 def rollout(prompt: tuple[int, ...], response: tuple[int, ...]) -> Rollout:
@@ -454,6 +482,21 @@ def rollout(prompt: tuple[int, ...], response: tuple[int, ...]) -> Rollout:
     return Rollout(
         Prompt(""), Problem("", {}), 0, "rl", prompt, response, (0.0,) * n, ((0, n),), sampling, "stop", "", "", verdict
     )
+
+
+def test_a_mixture_of_experts_says_no_flops_utilisation(tmp_path: Path) -> None:
+    """It would count all experts for every token: of Qwen3-30B-A3B ten times as many parameters as are used."""
+    save_tiny("llama", tmp_path)  # for its tokenizer
+    sizes: dict[str, Any] = {
+        "vocab_size": 2048, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(tmp_path)
+    config = Config(peak_tflops=1e-3, stream="glyph:A@1", mode="rl", threads=1)
+    of_experts = Trainer(replace(config, model=replace(config.model, path=str(tmp_path))), tmp_path / "run")
+    assert not of_experts.peak
+    assert Trainer(replace(GLYPH, peak_tflops=1e-3), tmp_path / "run").peak == 1e9
 
 
 def test_a_real_run_accounts_for_its_time_and_with_a_peak_for_its_flops(tmp_path: Path) -> None:

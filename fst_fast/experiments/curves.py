@@ -74,6 +74,11 @@ def to_level(run: Run, level: float) -> dict[str, float] | None:
     return spent(run, hit) if hit else None
 
 
+def times(one: float, other: float) -> float:
+    """How often `other` goes into `one`; once where both are 0: RL never got beyond what the base can."""
+    return 1.0 if one == other else one / max(other, 1e-9)
+
+
 def peak(run: Run) -> float:
     """The running peak that counts as reached by all: the best evaluation, less its standard error."""
     best = max(r["reward"] for r in run.evals)
@@ -95,7 +100,7 @@ def efficiency(setting: Setting, runs: Runs) -> Result:
         show = "{:.3g}".format if cost == "GPU-hours" else count
         cells = [" / ".join("never" if c is None else show(c[cost]) for c in costs) for costs in found.values()]
         rl, fst = found["RL"], found["FST"]
-        ratios[cost] = [a[cost] / max(b[cost], 1e-9) if a and b else 0.0 for a, b in zip(rl, fst, strict=True)]
+        ratios[cost] = [times(a[cost], b[cost]) if a and b else 0.0 for a, b in zip(rl, fst, strict=True)]
         rows.append([f"{cost} to RL's peak", *cells, each(ratios[cost], ".1f")])
     best = {label: [max(r["reward"] for r in run.evals) for run in of] for label, of in runs.items()}
     rows.append(["peak reward", *(each(values) for values in best.values()), each(minus(best["FST"], best["RL"]))])

@@ -350,10 +350,13 @@ class _Cycle:
     # Acceptance, on the minibatch.
 
     def should_accept(self, proposal: CandidateProposal, _state: GEPAState) -> bool:
-        """The sum improves, or enough problems are newly solved: a specialist may lose elsewhere what it gains."""
+        """The sum improves, or enough problems are newly solved: a specialist may lose elsewhere what it gains.
+
+        Rounded once: the same rewards on other problems are no improvement.
+        """
         before, after = proposal.subsample_scores_before, proposal.subsample_scores_after
         newly = sum(b < _SOLVED <= a for b, a in zip(before, after, strict=True))
-        accepted = sum(after) > sum(before) or newly >= self.config.newly_solved
+        accepted = math.fsum(after) > math.fsum(before) or newly >= self.config.newly_solved
         i = proposal.metadata["candidate"]
         status: Status = "accepted" if accepted else "rejected"
         self.candidates[i] = replace(self.candidates[i], status=status, child_scores=tuple(after))

@@ -21,7 +21,7 @@ from fst_fast.tasks.datasets import records
 from fst_fast.tasks.json_answer import NotJson, difference, last_object, shown
 from fst_fast.tasks.published import HELD_OUT, PublishedOptions, PublishedTask, field
 from fst_fast.tasks.sandbox import Call, Sandbox
-from fst_fast.tasks.split import hold_out
+from fst_fast.tasks.split import hold_out, mixed
 
 PROMPT = 'Follow the program step by step. End with a JSON object: {"output": ...} or {"input": {...}}, as asked.'
 EXAMPLES = 3  # of a program that are used, as in the paper
@@ -70,10 +70,10 @@ class CodeioTask(PublishedTask):
             raise UserError(f"{self.name}: the programs have no two categories of which one could be left out.")
         chosen = [row for row in rows if (row["category"] == category) == unseen]
         problems = self._problems(chosen, source)
+        rng = stream(seed, self.name, "split")
         if unseen:
-            self.train, self.validation = [], problems
+            self.train, self.validation = [], mixed(problems, rng)
         else:
-            rng = stream(seed, self.name, "split")
             self.train, self.validation = hold_out(problems, lambda p: p.data["program"], HELD_OUT, rng, source)
 
     def verify(self, problem: Problem, response: str) -> Verdict:

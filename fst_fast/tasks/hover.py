@@ -62,10 +62,10 @@ class HoverTask(PublishedTask):
             self.hold_out(read(source, "train"), source)
             return
         if folder.is_dir():
-            self.validation = read(_release(folder, "dev"), "validation")
+            self.validation = self.mixed(read(_release(folder, "dev"), "validation"))
             train = read(_release(folder, "train"), "train")
         else:
-            self.validation, train = read(source, "validation"), read(source, "train")
+            self.validation, train = self.mixed(read(source, "validation")), read(source, "train")
         held_out = {p.data["claim"] for p in self.validation}
         self.train = [p for p in train if p.data["claim"] not in held_out]
 

@@ -10,7 +10,7 @@ from fst_fast.errors import UserError
 from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
 from fst_fast.tasks.datasets import json_lines
-from fst_fast.tasks.split import hold_out
+from fst_fast.tasks.split import hold_out, mixed
 from fst_fast.tasks.task import Message
 from fst_fast.tasks.verifiers import make_verifier
 
@@ -52,13 +52,12 @@ class JsonlTask:
         self._verify = make_verifier(options.verifier, options.answer_field, options.tolerance)
         self.train: Sequence[Problem]
         self.validation: Sequence[Problem]
-        problems = self._read(path, self.name)
+        problems, rng = self._read(path, self.name), stream(seed, self.name, "split")
         if options.validation_path:
             self.train = problems
-            self.validation = self._read(options.validation_path, f"{self.name}/validation")
+            self.validation = mixed(self._read(options.validation_path, f"{self.name}/validation"), rng)
             self._check_disjoint(path)
         else:
-            rng = stream(seed, self.name, "split")
             self.train, self.validation = hold_out(problems, self._text, options.validation_fraction, rng, path)
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:

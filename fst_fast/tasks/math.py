@@ -25,7 +25,7 @@ class MathTask(PublishedTask):
         self._checker = MathChecker(strict=True)
         self.side_by_side = self._checker.size
         if unseen:
-            self.train, self.validation = [], self._read(source, "test")
+            self.train, self.validation = [], self.mixed(self._read(source, "test"))
         else:
             self.hold_out(self._read(source, "train"), source)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from pydantic import Field
 from fst_fast.errors import UserError
 from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
-from fst_fast.tasks.split import hold_out
+from fst_fast.tasks.split import hold_out, mixed
 from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message
 
 LONGEST = 50_000  # characters of a response that are read, from its end
@@ -67,8 +68,14 @@ class PublishedTask:
 
     def hold_out(self, problems: Sequence[Problem], source: str) -> None:
         """Splits `problems` into train and validation."""
-        rng = stream(self._seed, self.name, "split")
-        self.train, self.validation = hold_out(problems, lambda p: p.data["problem"], HELD_OUT, rng, source)
+        self.train, self.validation = hold_out(problems, lambda p: p.data["problem"], HELD_OUT, self._rng(), source)
+
+    def mixed(self, problems: Sequence[Problem]) -> list[Problem]:
+        """All of `problems` as validation, where the data has a split for it."""
+        return mixed(problems, self._rng())
+
+    def _rng(self) -> random.Random:
+        return stream(self._seed, self.name, "split")
 
 
 def field(row: Mapping[str, Any], name: str, kind: type[Any], where: str) -> Any:

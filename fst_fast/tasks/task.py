@@ -15,7 +15,8 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 class Task(Protocol):
     """A source of problems with a verifiable reward.
 
-    Both splits are finite, disjoint and in a fixed order; the trainer draws its own seeded order over `train`.
+    Both splits are finite, disjoint and in a fixed order; the trainer draws its own seeded order over `train`, and
+    evaluates on the first problems of `validation`: they must be as good a sample as any.
     """
 
     name: str  # as written in --stream, e.g. "glyph:A"

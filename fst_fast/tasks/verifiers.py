@@ -43,8 +43,9 @@ def make_verifier(name: str, answer_field: str, tolerance: float) -> Verifier:
 
 def final_answer(response: str) -> str:
     """The rest of the line after the last "answer:", or the line after it; without one, the last line with text. What
-    was thought before </think> is no answer."""
-    tail = re.split(r"answer\W{0,4}:", response.rpartition("</think>")[2], flags=re.IGNORECASE)
+    was thought before </think> is no answer, nor is a thought that was cut off."""
+    said = response.rpartition("</think>")[2].partition("<think>")[0]
+    tail = re.split(r"answer\W{0,4}:", said, flags=re.IGNORECASE)
     lines = [line.strip("* \t") for line in tail[-1].splitlines() if line.strip("* \t")]  # "**Answer:** 5"
     if not lines:
         return ""

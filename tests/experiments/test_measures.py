@@ -60,6 +60,13 @@ def test_efficiency_counts_to_the_evaluation_at_rl_s_running_peak() -> None:
     assert [f.verdict for f in never.findings] == ["mixed", "mixed", "mixed"]
 
 
+def test_where_rl_never_gets_beyond_the_base_both_reach_its_peak_at_once() -> None:
+    flat = [run([0.3, 0.3, 0.2]) for _ in range(3)]
+    found = efficiency(SETTING, {"RL": flat, "GEPA": flat, "FST": [run([0.3, 0.5, 0.9]) for _ in range(3)]})
+    assert found.numbers["ratios"]["steps"] == [1.0, 1.0, 1.0]
+    assert found.findings[0].verdict == "unclear"  # and not a sign that FST needs more of them
+
+
 def test_efficiency_has_gpu_hours_where_the_runs_had_gpus() -> None:
     def on_eight(rewards: list[float]) -> Run:
         of = run(rewards)

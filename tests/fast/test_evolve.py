@@ -176,6 +176,23 @@ def test_problems_that_the_parent_solves_too_are_not_newly_solved() -> None:
     assert [c.status for c in evolution.candidates] == ["rejected"]
 
 
+@pytest.mark.parametrize("better", [("one", "two"), ("two", "one")])
+def test_the_same_rewards_on_other_problems_are_no_improvement(better: tuple[str, str]) -> None:
+    """Added one after the other, .3 + .2 + .1 is less than .1 + .2 + .3."""
+    rewards = {
+        "parent": dict(zip(better, (0.3, 0.1), strict=True)),
+        "child": dict(zip(better, (0.1, 0.3), strict=True)),
+    }
+
+    def answer(prompt: Prompt, problem: Problem) -> tuple[str, Verdict]:
+        return "", Verdict(rewards[prompt.text].get(problem.id, 0.2), "")
+
+    evolution, _ = cycle(
+        ["parent"], GRADED[:3], GRADED[:3], Scripted(lambda _: "child"), answer, proposals=1, minibatch=3
+    )
+    assert [c.status for c in evolution.candidates] == ["rejected"]
+
+
 def test_pool_and_population_are_the_greedy_coverage_of_all_members() -> None:
     texts = ["red", "green", "red green", "blue x", "blue y", "none"]
     evolution, _ = cycle(texts, SCORING, TRAINING, Scripted(unchanged), proposals=0, pool=3, population=2)

@@ -70,6 +70,15 @@ def test_the_split_is_seeded_disjoint_and_as_large_as_asked(write: Write) -> Non
     assert [len(validation(0, f)) for f in (0.001, 0.1, 0.25, 0.999)] == [1, 10, 25, 99]
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_held_out_problems_come_in_an_order_of_no_meaning(apart: bool, write: Write) -> None:
+    """The first of them are evaluated on, and a file may be sorted."""
+    held_out = {"validation_path": write(*rows(200)[100:], name="v.jsonl")} if apart else {"validation_fraction": 0.5}
+    answers = [p.data["answer"] for p in JsonlTask(write(*rows(100)), 0, JsonlOptions(**held_out)).validation]
+    assert answers != sorted(answers)
+    assert 0.3 < sum(a > sorted(answers)[len(answers) // 2] for a in answers[:20]) / 20 < 0.7
+
+
 def test_problems_of_equal_text_stay_on_one_side_of_the_split(write: Write) -> None:
     task = JsonlTask(write(*rows(10), *rows(10), *rows(10)), 0, JsonlOptions(validation_fraction=0.5))
     assert len(task.train) == len(task.validation) == 15
@@ -173,7 +182,8 @@ def test_options_are_validated_by_pydantic() -> None:
 @pytest.mark.parametrize(
     ("response", "answer"),
     [("5", "5"), ("so it is\n 5 \n", "5"), ("x\nAnswer: 5\nbecause 6", "5"), ("**Answer**: 5", "5"),
-     ("answer:\n\n5", "5"), ("answer: 4 no, answer: 5", "5"), ("", ""), ("answer:", ""), ("\n", "")],
+     ("answer:\n\n5", "5"), ("answer: 4 no, answer: 5", "5"), ("", ""), ("answer:", ""), ("\n", ""),
+     ("<think>\nanswer: 4?\n</think>\n5", "5"), ("<think>\nanswer: 5? or", ""), ("<think>\nmaybe it is 5", "")],
 )  # fmt: skip
 def test_the_final_answer_is_what_follows_answer_or_the_last_line(response: str, answer: str) -> None:
     assert final_answer(response) == answer

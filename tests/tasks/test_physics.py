@@ -1,6 +1,7 @@
 """physics: the published format, numbers in any unit of their kind, tolerance, expressions; unit and number bombs."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def test_the_unseen_domain_is_left_out_and_is_what_ood_has(task: Task) -> None:
         assert len(ids) == sum(r["domain"] in domain for r in ROWS)
     seen = make_task(f"physics:{FOLDER}", seed=0, data=PublishedOptions(unseen="Electromagnetism"))
     assert len([*seen.train, *seen.validation]) == sum(r["domain"] != "Electromagnetism" for r in ROWS)
+
+
+def test_the_first_held_out_problems_are_of_all_subjects(tmp_path: Path) -> None:
+    """A run evaluates on 64 of them, and the files come one after the other."""
+    subjects = ("ClassicalElectromagnetism", "ClassicalMechanics", "WaveOptics")
+    for subject in subjects:
+        (tmp_path / subject).mkdir()
+        posed = [{**ROWS[0], "subject": subject, "index": i, "problem": f"{subject} {i}"} for i in range(800)]
+        (tmp_path / subject / "en.jsonl").write_text("\n".join(map(json.dumps, posed)))
+    first = make_task(f"physics:{tmp_path}", seed=0).validation[:64]
+    found = Counter(p.data["problem"].split()[0] for p in first)
+    assert all(found[subject] > 10 for subject in subjects)
 
 
 def test_every_row_is_right_for_itself_and_its_units_are_told(task: Task) -> None:
