@@ -189,12 +189,27 @@ class Model:
             try:
                 if len({self._apply_template(chat) for chat in _TRIALS}) == len(_TRIALS):
                     self.encode_chat(_TRIALS[0])
+                    self.eos_ids |= self._end_of_turn()
                     return
             except Exception as error:  # a template is a program
                 problem = error
         raise UserError(
             f"model.path: the chat template of {self.path} does not take a user message: {_first_line(problem)}"
         ) from problem
+
+    def _end_of_turn(self) -> set[int]:
+        """The special token that the template ends an answer with. Base models' configurations name another, and their
+        answers would go on behind it."""
+        answered = [[*_TRIALS[0], {"role": "assistant", "content": content}] for content in ("yes", "no")]
+        try:
+            one, other = (self._apply_template(chat)[::-1] for chat in answered)
+        except Exception:  # a template may refuse to go on from an answer
+            return set()
+        if not (same := _common(one, other)) or one == other:
+            return set()
+        ends = one[same - 1]
+        token = self.tokenizer.added_tokens_decoder.get(ends)
+        return {ends} if token is not None and token.special else set()
 
     def room(self, messages: list[Message], max_new_tokens: int) -> int:
         """Tokens of the context left over when `messages` are answered at full length; negative: they do not fit."""

@@ -328,6 +328,7 @@ class Trainer:
                 # the mean surprise of sampled tokens is an unbiased estimate of the policy's entropy per token
                 "entropy": -sum(lp for r in rollouts for lp in r.logprobs) / tokens,
                 "response_tokens": tokens / len(rollouts),
+                "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
                 "prompt_tokens": prompts["asked"],
                 "cached_prompt_tokens": prompts["asked"] - prompts["computed"],
                 **version_metrics(rollouts, self.state.step - 1),

@@ -53,6 +53,33 @@ def test_a_template_that_leaves_the_system_prompt_out_gets_it_in_the_users_messa
     assert model.encode_chat(other) != model.encode_chat(CHAT)
 
 
+def test_an_answer_ends_where_the_template_ends_it_whatever_a_base_model_calls_its_end(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        told = json.loads((tmp_path / name).read_text())
+        told |= {"eos_token": "<|pad|>"} if "eos_token" in told else {"eos_token_id": 0}
+        (tmp_path / name).write_text(json.dumps(told))
+    model = load_model(str(tmp_path))
+    pad, end = model.tokenizer.convert_tokens_to_ids(["<|pad|>", "<|end|>"])
+    assert model.tokenizer.eos_token_id == pad == 0
+    assert model.eos_ids == {pad, end}
+    assert model.decode((*model.tokenizer.encode(" a b"), end)) == "a b"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ '<|' + m.role + '|> ' + m.content + ' x' }}{% endfor %}",  # nothing special ends it
+        "{% for m in messages if m.role != 'assistant' %}{{ '<|user|> ' + m.content }}{% endfor %}",
+        "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}{{ messages[-1].content }}",
+        "{{ messages[-1].content }}",
+    ],
+)
+def test_where_the_template_ends_no_answer_the_configurations_end_is_the_end(tmp_path: Path, template: str) -> None:
+    model = load_model(with_template(tmp_path, template))
+    assert model.eos_ids == {model.tokenizer.eos_token_id}
+
+
 def test_thinking_reaches_the_template(tmp_path: Path) -> None:
     template = "{{ messages[-1].content }}{% if enable_thinking is defined and not enable_thinking %} no{% endif %}"
     folder = with_template(tmp_path, template)

@@ -88,6 +88,12 @@ def test_any_causal_lm_folder_and_any_jsonl_file_run_on_day_one(family: str, tmp
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert [r["kind"] for r in metrics] == ["eval", "evolve", "step", "step", "eval", "end"]
     assert metrics[1]["reflection"]["calls"] == 2
+    rollouts = lines(tmp_path / "run" / "rollouts" / "rollouts.jsonl")
+    for step in metrics[2:4]:
+        used = [r for r in rollouts if r["id"] in step["reuse"]["taken"]]
+        used += [r for r in rollouts if r["purpose"] == "rl" and r["step"] == step["step"] - 1]
+        assert len(used) == 16
+        assert step["truncated"] == sum(r["finish_reason"] == "length" for r in used) / 16 > 0
 
 
 def test_published_tasks_run_as_one_unlabelled_stream_from_one_agnostic_prompt(tmp_path: Path) -> None:
