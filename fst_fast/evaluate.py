@@ -79,6 +79,7 @@ def evaluate(
             "reward_seed": by_prompt[seed_prompt.id],
             "kl": mean_kl(model, base, [r for r in own if r.sample == 0], micro_tokens, collector.ranks),
             "entropy": mean(-lp for r in own for lp in r.logprobs),
+            "truncated": mean(r.finish_reason == "length" for r in own),
         }
 
     measured = [measures(held_out) for held_out in problems]
