@@ -21,6 +21,7 @@ from fst_fast.tasks.published import PublishedOptions
 Mode = Literal["fst", "rl", "gepa", "rl-then-gepa", "fst-distill"]
 Recompute = Literal["off", "selective", "full"]
 MODES: tuple[Mode, ...] = ("fst", "rl", "gepa", "rl-then-gepa", "fst-distill")
+INSTRUCTIONS = 64  # cases of an evaluation's "retention", where the stream has glyph
 
 # What a field may hold; the upper ends only catch slips of the keyboard, inf and nan.
 Count = Annotated[int, Field(ge=1, le=10**9)]

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fst_fast.cli import read_config, run
-from fst_fast.config import EvalConfig, check
+from fst_fast.config import INSTRUCTIONS, EvalConfig, check
 from fst_fast.errors import UserError
 from fst_fast.model import Model
 from fst_fast.ranks import Ranks
@@ -114,7 +114,8 @@ def weighted(records: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> 
 
 def retention_asks(task: Task) -> list[Ask]:
     """Glyph only: prompts that state a rule each, to see how well the policy still follows instructions."""
-    return [Ask(Prompt(text), x) for text, x in instruction_cases(64, 77)] if isinstance(task, GlyphTask) else []
+    cases = instruction_cases(INSTRUCTIONS, 77) if isinstance(task, GlyphTask) else []
+    return [Ask(Prompt(text), x) for text, x in cases]
 
 
 def mean_scores(rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
-from fst_fast.config import Config, Recompute, Stage, check, evolves, pauses, proposals_of, stages
+from fst_fast.config import INSTRUCTIONS, Config, Recompute, Stage, check, evolves, pauses, proposals_of, stages
 from fst_fast.errors import UserError
 from fst_fast.memory import FRAGMENTS, GIB, Layout, Part, host_parts, kv_room, parts, peak
 from fst_fast.model import GLYPH_BASE
@@ -130,7 +130,7 @@ def work_of(config: Config, live: float) -> Work:
         work.learned = each * (1.0 if config.mode == "fst-distill" else live)
     alone = config.mode in ("rl", "rl-then-gepa", "fst-distill")  # one prompt is evaluated, the seed
     prompts = 1 if alone else config.fast.population + 1
-    others = 64 if "glyph" in config.stream and not config.model.path else 0  # evaluate.retention_asks
+    others = INSTRUCTIONS if "glyph" in config.stream and not config.model.path else 0
     size = config.eval.problems * config.eval.samples
     work.batches += [
         Batch("eval", size + others, 1),  # before the first cycle there is the seed prompt alone

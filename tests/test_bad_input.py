@@ -28,6 +28,7 @@ from fst_fast.rollout.engine import RolloutEngine
 from fst_fast.slow.policy import Policy
 from fst_fast.telemetry import read_run
 
+pytestmark = pytest.mark.usefixtures("few_instructions")
 SMALL = {
     "stream": "glyph:A@3", "threads": 1, "progress": False, "tensorboard": False,
     "rollout.problems": 2, "rollout.group-size": 2, "slow.minibatches": 1, "fast.population": 2, "fast.every": 2,

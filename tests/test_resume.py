@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fst_fast import checkpoint
+from fst_fast import checkpoint, evaluate
 from fst_fast.config import SlowConfig
 from fst_fast.model import load_model
 from fst_fast.slow.policy import Policy
@@ -21,6 +21,7 @@ from tests.models import save_tiny
 from tests.once import once
 from tests.warm import Kill, Warm
 
+pytestmark = pytest.mark.usefixtures("few_instructions")
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "stream": "glyph:A@3,glyph:B@2", "threads": 1, "progress": False, "tensorboard": False,
@@ -137,7 +138,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    server = Warm(tmp_path_factory.mktemp("warm"))
+    server = Warm(tmp_path_factory.mktemp("warm"), evaluate.INSTRUCTIONS)
     yield server
     server.close()
 

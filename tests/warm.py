@@ -19,6 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from fst_fast.config import INSTRUCTIONS
+
 
 class Kill(NamedTuple):
     """SIGKILL at the `call`-th call of `at` ("module:name"), in the process that makes it."""
@@ -36,10 +38,10 @@ class Ended(NamedTuple):
 class Warm:
     """`run` is `python -m fst_fast.train ARGUMENTS`, in a process of its own."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, instructions: int = INSTRUCTIONS):
         self._folder = folder
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm"],
+            [sys.executable, "-m", "tests.warm", str(instructions)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -71,12 +73,14 @@ class Warm:
         self._server.communicate()  # an empty stdin ends it
 
 
-def serve() -> None:
+def serve(instructions: int) -> None:
     import matplotlib.backends.backend_svg  # noqa: F401 (what the forks find imported)
 
     import fst_fast.train  # noqa: F401
+    from fst_fast import evaluate
     from fst_fast.model import load_model
 
+    evaluate.INSTRUCTIONS = instructions
     load_model("")  # imports the model's code
     for line in sys.stdin:
         request = json.loads(line)
@@ -167,4 +171,4 @@ def arm(kill: Kill) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

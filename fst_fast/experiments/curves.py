@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fst_fast.config import INSTRUCTIONS
 from fst_fast.experiments.experiment import (
     Arm,
     Claim,
@@ -240,7 +241,6 @@ def kl(setting: Setting, runs: Runs) -> Result:
 
 # ------------------------------------------------------------------------------------------------------- ood, entropy
 
-INSTRUCTIONS = 64  # evaluated as "retention"
 AS_GOOD = Claim("Without its optimised prompts FST is at least as good as RL out of distribution", "FST equals RL")
 
 

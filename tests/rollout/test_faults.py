@@ -18,6 +18,8 @@ from fst_fast.rollout.torch_engine import TorchEngine
 from tests.once import once
 from tests.test_resume import SMALL, assert_equal, records, tree
 
+pytestmark = pytest.mark.usefixtures("few_instructions")
+
 
 def flags(run_dir: Path) -> list[str]:
     return [word for name, value in SMALL.items() for word in (f"--{name}", str(value))] + ["--run-dir", str(run_dir)]
