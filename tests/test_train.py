@@ -89,6 +89,8 @@ def test_any_causal_lm_folder_and_any_jsonl_file_run_on_day_one(family: str, tmp
     assert [r["kind"] for r in metrics] == ["eval", "evolve", "step", "step", "eval", "end"]
     assert metrics[1]["reflection"]["calls"] == 2
     rollouts = lines(tmp_path / "run" / "rollouts" / "rollouts.jsonl")
+    cut = [r["finish_reason"] == "length" for r in rollouts if r["purpose"] == "eval" and r["step"] == 0]
+    assert metrics[0]["truncated"] == sum(cut) / len(cut) > 0
     for step in metrics[2:4]:
         used = [r for r in rollouts if r["id"] in step["reuse"]["taken"]]
         used += [r for r in rollouts if r["purpose"] == "rl" and r["step"] == step["step"] - 1]
