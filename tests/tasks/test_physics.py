@@ -47,7 +47,7 @@ def test_the_first_held_out_problems_are_of_all_subjects(tmp_path: Path) -> None
         (tmp_path / subject / "en.jsonl").write_text("\n".join(map(json.dumps, posed)))
     first = make_task(f"physics:{tmp_path}", seed=0).validation[:64]
     found = Counter(p.data["problem"].split()[0] for p in first)
-    assert all(found[subject] > 10 for subject in subjects)
+    assert all(found[subject] > 4 for subject in subjects)  # 21 on average; 4.5 standard deviations
 
 
 def test_every_row_is_right_for_itself_and_its_units_are_told(task: Task) -> None:
