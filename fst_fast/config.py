@@ -38,7 +38,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights that are trained and sampled from."""
     thinking: Literal["default", "on", "off"] = "default"
-    """Sets `enable_thinking` of the chat template, where the model has one (Qwen3); default = as the template does."""
+    """Sets `enable_thinking` of the chat template, which must have one (Qwen3); default = as the template does."""
     device: str = "auto"
     """"auto" = cuda if present, else cpu; or any torch device."""
 

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -299,7 +300,19 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
     kwargs = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
     model = Model(lm, tokenizer, str(folder), template_kwargs=kwargs)
     model.check_template()
+    if kwargs:
+        _check_thinking(model, thinking)
     return model
+
+
+def _check_thinking(model: Model, thinking: str) -> None:
+    """A template is not told apart from one that ignores a variable: the run would think, or not, as it did before."""
+    write = partial(model.tokenizer.apply_chat_template, [_TRIALS[0][-1]], add_generation_prompt=True, tokenize=False)
+    if write(enable_thinking=True) == write(enable_thinking=False):
+        raise UserError(
+            f"model.thinking = {thinking!r}: the chat template of {model.path} has no enable_thinking, so nothing "
+            'would change; leave it at "default"'
+        )
 
 
 def fuse_layers(lm: Any) -> bool:

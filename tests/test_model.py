@@ -87,6 +87,13 @@ def test_thinking_reaches_the_template(tmp_path: Path) -> None:
     assert len(off.encode_chat(CHAT)) > len(on.encode_chat(CHAT))
 
 
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_a_template_without_a_switch_for_thoughts_is_a_user_error(tmp_path: Path, thinking: str) -> None:
+    folder = with_template(tmp_path, "{{ messages[-1].content }}<think>")
+    with pytest.raises(UserError, match=f"model.thinking = '{thinking}': .* has no enable_thinking"):
+        load_model(folder, thinking=thinking)
+
+
 def test_a_template_that_takes_nothing_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not take a user message: never"):
         load_model(with_template(tmp_path, "{{ raise_exception('never') }}"))

@@ -20,9 +20,10 @@ def instruction(request: ReflectionRequest, pose: Pose, *, max_prompt_chars: int
         return f"<{name}>\n{cut_middle(printable(text), max_trace_chars)}\n</{name}>"
 
     def trace(number: int, rollout: Rollout) -> str:
+        cut = f' cut_off="after {len(rollout.response_ids)} tokens"' if rollout.finish_reason == "length" else ""
         return "\n".join(
             [
-                f'<trace number="{number}" reward="{rollout.reward:g}">',
+                f'<trace number="{number}" reward="{rollout.reward:g}"{cut}>',
                 part("problem", pose(rollout.problem)),
                 part("response", rollout.response),
                 part("feedback", rollout.verdict.feedback),

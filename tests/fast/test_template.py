@@ -1,5 +1,7 @@
 """What a reflection LM is told, and how its answers are read."""
 
+from dataclasses import replace
+
 import pytest
 
 from fst_fast.fast.reflection import Reflection, ReflectionRequest
@@ -26,6 +28,16 @@ def test_the_instruction_holds_whole_traces_and_asks_for_small_edits_in_a_fence(
     assert 'number="2" reward="1"' in text
     assert "small, incremental edits" in text
     assert text.endswith("````\nthe new prompt\n````")
+
+
+def test_a_response_that_was_cut_off_is_told_from_one_that_ended() -> None:
+    """Its text does not show it: a verifier that finds no answer says so of both."""
+    ended = rollout(PROMPT, Problem("p", {}), "3, then", Verdict(0.0, "no answer"))
+    cut = replace(ended, response_ids=(7, 8, 9), finish_reason="length")
+    limits = {"max_prompt_chars": 777, "max_trace_chars": 100}
+    text = instruction(ReflectionRequest(PROMPT, (ended, cut), 0), lambda p: "Count.", **limits)
+    assert '<trace number="1" reward="0">' in text
+    assert '<trace number="2" reward="0" cut_off="after 3 tokens">' in text
 
 
 def test_long_traces_are_cut_in_the_middle_with_a_mark() -> None:
