@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import tomllib
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,10 +38,10 @@ SUMS = ("seconds", "gpu_hours", "gpu_dollars", "joules")  # the others are secon
 class Telemetry:
     """The loop's one outlet; `with Telemetry(...) as telemetry: telemetry.write({"kind": "step", ...})`.
 
-    `offset` and `step` come from the checkpoint a run resumes from (0, 0 for a new one): metrics.jsonl is cut there and
-    TensorBoard hides what it has of later steps. The terminal gets a live display, anything else a line per evaluation
-    and evolution. `dry`: nothing is written or said, rank 0 does. UserError when wandb is asked for and missing, or
-    metrics.jsonl does not fit `offset`.
+    `offset` and `step` come from the checkpoint a run resumes from (0, 0 for a new one): metrics.jsonl is cut there,
+    what is cut off leaves its costs in a record "lost", and TensorBoard hides what it has of later steps. The terminal
+    gets a live display, anything else a line per evaluation and evolution. `dry`: nothing is written or said, rank 0
+    does. UserError when wandb is asked for and missing, or metrics.jsonl does not fit `offset`.
     """
 
     def __init__(
@@ -62,7 +62,10 @@ class Telemetry:
         wandb = _import_wandb() if config.wandb else None  # before any file is touched
         run_dir = Path(run_dir)
         self.console = console or Console(quiet=dry)
+        lost = None if dry else _costs_behind(run_dir / "metrics.jsonl", offset)  # opening cuts them off
         self._metrics = Appender(run_dir / "metrics.jsonl", offset=offset, dry=dry)
+        if lost:
+            self._metrics.write(json.dumps({"kind": "lost", "step": step, **lost}) + "\n")
         self._display = _Display(self.console, total_steps, step) if config.progress else None
         self._total = total_steps
         self._tensorboard = None
@@ -162,6 +165,29 @@ class _Display:
         return Group(self._progress, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
 
+def _costs_behind(path: Path, offset: int) -> Record | None:
+    """Summed over the records behind `offset`, which a resumed run makes again: their time and money were spent."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(offset)
+        records = [r for r in map(parse, file) if r and ("time" in r or r.get("kind") == "lost")]
+    if not records:
+        return None
+    costs = {of: _summed(r.get(of, {}) for r in records) for of in ("time", "reflection")}
+    return {"records": sum(r.get("records", 1) for r in records), **costs}
+
+
+def _summed(of: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """By name, in the order they come in; rates left out."""
+    total: dict[str, float] = {}
+    for values in of:
+        for name, value in values.items():
+            if name not in RATES:
+                total[name] = total.get(name, 0) + value
+    return total
+
+
 def _import_wandb() -> Any:
     try:
         import wandb
@@ -232,6 +258,7 @@ class Run:
     evolves: tuple[Record, ...]
     end: Record | None
     notes: tuple[str, ...] = ()
+    lost: tuple[Record, ...] = ()  # costs of what was done behind a checkpoint that the run then went back to
 
     @property
     def mode(self) -> str:
@@ -266,15 +293,13 @@ class Run:
 
     def reflection(self, key: str) -> float:
         """Sum over the cycles of calls, prompt_tokens, completion_tokens, dollars or failures."""
-        return sum(r.get("reflection", {}).get(key, 0) for r in self.evolves)
+        return sum(r.get("reflection", {}).get(key, 0) for r in (*self.evolves, *self.lost))
 
     @cached_property
     def spent(self) -> dict[str, float]:
         """Sums of the records' times (meter.py): seconds, those of each phase, GPU-hours, dollars, joules."""
         ended = (self.end,) if self.end else ()
-        times = [r["time"] for r in (*self.steps, *self.evals, *self.evolves, *ended) if "time" in r]
-        names = dict.fromkeys(name for time in times for name in time if name not in RATES)
-        return {name: sum(time.get(name, 0) for time in times) for name in names}
+        return _summed(r.get("time", {}) for r in (*self.steps, *self.evals, *self.evolves, *self.lost, *ended))
 
     def utilisation(self, rate: str, over: str) -> float | None:
         """Mean of a rate of the steps (mfu, step_mfu), weighted by the seconds `over` which it was taken."""
@@ -308,17 +333,24 @@ def read_run(run_dir: Path | str) -> Run:
     except (FileNotFoundError, tomllib.TOMLDecodeError) as error:
         notes.append(f"config.toml could not be read ({plain(str(error), 200)}): mode and settings are unknown.")
     records = list(read_lines(run_dir / "metrics.jsonl", notes))
-    kinds = {kind: tuple(r for r in records if r.get("kind") == kind) for kind in ("step", "eval", "evolve", "end")}
+    names = ("step", "eval", "evolve", "lost", "end")
+    kinds = {kind: tuple(r for r in records if r.get("kind") == kind) for kind in names}
     end = kinds["end"][-1] if kinds["end"] else None
     if end is None:
         notes.append("This run has not ended: it is still going, or was stopped. Numbers are the latest, not final.")
+    if kinds["lost"]:
+        again = sum(r["time"].get("seconds", 0) for r in kinds["lost"])
+        notes.append(
+            f"It was resumed, and went back to a checkpoint: {again:,.0f} seconds of work were done again. They are in "
+            "the sums of time and money; the step or cycle that was under way is not."
+        )
     trained = [r for r in kinds["step"] if r.get("groups")]
     still = sum(r.get("live_groups") == 0 for r in trained)
     if 2 * still > len(trained):
         notes.append(
             f"In {still} of {len(trained)} steps no group had differing rewards: the weights did not move in those."
         )
-    return Run(run_dir, config, kinds["step"], kinds["eval"], kinds["evolve"], end, tuple(notes))
+    return Run(run_dir, config, kinds["step"], kinds["eval"], kinds["evolve"], end, tuple(notes), kinds["lost"])
 
 
 def read_lines(path: Path, notes: list[str]) -> Iterator[Record]:

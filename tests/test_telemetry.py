@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,34 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
         telemetry.write(step(2, reward=1.0))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [step(1), step(2, reward=1.0)]
+
+
+def test_what_a_resumed_run_did_in_vain_stays_in_its_costs(tmp_path: Path) -> None:
+    """Killed behind its checkpoint twice, before another was made, and once before its first."""
+    time = {"seconds": 3.0, "learn": 2.0, "gpu_hours": 0.5, "gpu_dollars": 1.0, "mfu": 0.4}
+    write = partial(Telemetry, tmp_path, CONFIG, 10, console=console())
+    with write() as telemetry:
+        telemetry.write(step(1, time=time))
+    with write() as telemetry:
+        telemetry.write(step(1, time=time))
+        offset = telemetry.offset()
+        telemetry.write(step(2, time=time))
+        telemetry.write(evolution(2, time=time))
+        telemetry._metrics.write('{"kind": "step", "ti')
+    with write(offset=offset, step=1) as telemetry:
+        telemetry.write(step(2, time=time))
+    with write(offset=offset, step=1) as telemetry:
+        telemetry.write(evolution(2, time=time))
+    run = read_run(tmp_path)
+    assert [r["records"] for r in run.lost] == [1, 3]
+    assert (len(run.steps), len(run.evolves)) == (1, 1)
+    assert run.spent == {"seconds": 18.0, "learn": 12.0, "gpu_hours": 3.0, "gpu_dollars": 6.0}
+    assert run.reflection("calls") == 2 * 8
+    assert run.reflection("dollars") == 0.5
+    assert any("12 seconds of work were done again" in note for note in run.notes)
+    with write(offset=(tmp_path / "metrics.jsonl").stat().st_size, step=2) as telemetry:
+        telemetry.write(step(3, time=time))
+    assert read_run(tmp_path).lost == run.lost  # nothing was in vain
 
 
 @pytest.mark.parametrize("offset", [3, 10**6])
