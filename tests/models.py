@@ -17,6 +17,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from fst_fast.model import GLYPH_BASE, Model, load_model
@@ -51,6 +53,9 @@ def save_tiny(family: str, folder: Path, *, seed: int = 0, head_dim: int = 16) -
     elif family == "gemma2":
         config = Gemma2Config(**sizes, sliding_window=8, final_logit_softcapping=2.0, attn_logit_softcapping=5.0)
         lm = Gemma2ForCausalLM(config)
+    elif family == "qwen3-moe":
+        experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        lm = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
     else:
         lm = Gemma3ForCausalLM(
             Gemma3TextConfig(**sizes, sliding_window=8, layer_types=["sliding_attention", "full_attention"])

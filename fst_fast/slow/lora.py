@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,21 @@ NAME = "default"  # peft's, of a model's only adapter
 def adapt(model: Model, rank: int, seed: int) -> None:
     """Put updates of `rank` into the model, in place, and let nothing else learn. They begin as zero.
 
+    Warns of experts: transformers keeps all of a layer in one tensor, which is no linear layer.
+
     `model.weights()` then gives the weights with the updates added, under the names they had: what engines load and
     what is exported is a plain model. The updates are scaled by 2 (alpha = 2 rank).
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    sizes = [(p.ndim, p.numel()) for p in model.lm.parameters()]
+    if experts := sum(n for ndim, n in sizes if ndim > 2):
+        share = experts / sum(n for _, n in sizes)
+        warnings.warn(
+            f"slow.lora_rank: the experts of {model.path}, {share:.0%} of its weights, get no low-rank "
+            "updates and stay as they are; train all weights where they should learn",
+            stacklevel=2,
+        )
     head = model.lm.get_output_embeddings()
     linear = [name for name, m in model.lm.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     with torch.random.fork_rng():
