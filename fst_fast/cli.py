@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import inspect
 import os
+import signal
 import sys
 import threading
 import tomllib
@@ -21,6 +24,17 @@ from fst_fast.files import DISK_FULL
 from fst_fast.launch import QUIET, record
 from fst_fast.plan import PlanOptions
 from fst_fast.ranks import launched
+
+with contextlib.suppress(ImportError, AttributeError):
+    # tyro joins the lines of a field's docstring before it takes their indentation away, which keeps them apart
+    from tyro import _docstrings
+
+    _indented = _docstrings.parse_docstring_from_object
+
+    def _dedented(of: object) -> dict[str, str]:
+        return {name: inspect.cleandoc(text) for name, text in _indented(of).items()}
+
+    _docstrings.parse_docstring_from_object = _dedented  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -149,6 +163,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run a command: 2 and one sentence on what the user can mend, 130 when interrupted. Other errors propagate, that
     of a dead engine with its traceback and a sentence."""
     threading.excepthook = _thread_error
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head`
     try:
         main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +44,24 @@ def test_flags_are_read_alike_in_every_spelling(tmp_path: Path) -> None:
     assert config_from(["--config-file", str(file), "--seed", "8"]).seed == 8
     for words in (["--reflector", "policy"], ["--reflector=policy"], ["--fast.reflector", "policy"]):
         assert config_from(words).fast.reflector == "policy"
+
+
+def test_help_is_running_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines end where the terminal does, not where the source's do."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="0"):
+        parse_train(["--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("--stream"))
+    end = next(i for i, line in enumerate(lines) if line.startswith("--run-dir"))
+    assert end - start > 5
+    assert all(len(line) > 60 for line in lines[start + 1 : end - 1])
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_error() -> None:
+    end, pipe = os.pipe()
+    os.close(end)
+    with open(pipe, "wb") as closed:
+        command = [sys.executable, "-m", "fst_fast.train", "--help"]
+        ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, b"")
