@@ -24,11 +24,6 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross
 Times = dict[str, dict[str, list[float]]]
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds_of(call: Callable[[], object]) -> float:
     """Of one call: between two events on a GPU, whose queue is empty before, else by the clock on the wall."""
     if DEVICE == "cuda":

@@ -67,10 +67,6 @@ class Problem:
         """The targets, −100 where a row is masked: how cross-entropies are told."""
         return self.targets.where(self.mask, -100)
 
-    @property
-    def shape(self) -> Shape:
-        return Shape(*self.hidden.shape, len(self.weight), self.softcap)
-
     def first(self, n: int) -> Problem:
         """The first n rows, with parameters of their own."""
         names = ("targets", "behavior", "advantages", "mask", "ref_hidden")

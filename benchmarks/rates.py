@@ -18,7 +18,7 @@ from measure import DEVICE, copy_bandwidth, seconds_of, setting
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from fst_fast.model import GLYPH_BASE, Model, fuse_layers
-from fst_fast.rates import MEASURED, TABLE, Hardware, kind_of, read_table
+from fst_fast.rates import TABLE, Hardware, kind_of, read_table
 from fst_fast.rollout.torch_engine import KVBlock
 from fst_fast.shape import BUILT_IN, PassWork, shape_of
 from fst_kernels import linear_policy_loss
@@ -41,7 +41,7 @@ def main() -> None:
         parser.error(f"{about['gpu']['name']} is not in {args.table}: add it with the data sheet's numbers first")
     table = json.loads(args.table.read_text())
     versions = f"torch {about['versions']['torch']}, transformers {about['versions']['transformers']}"
-    source = f"{MEASURED}: benchmarks/rates.py at {about['commit']} on {(about['gpu'] or {}).get('name', 'a CPU')}"
+    source = f"measured: benchmarks/rates.py at {about['commit']} on {(about['gpu'] or {}).get('name', 'a CPU')}"
     for name, value in measured(read_table(args.table)[kind]):
         print(f"{kind} {name}: {table[kind][name]['value']:g} -> {value:.4g}", flush=True)
         table[kind][name] = {"value": float(f"{value:.4g}"), "source": f"{source}, {versions}"}

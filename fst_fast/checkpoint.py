@@ -40,7 +40,7 @@ class Saver:
     def __init__(self, run_dir: Path, ranks: Ranks, *, keep: int, background: bool):
         self.run_dir, self.keep = run_dir, keep
         self._ranks, self._thread = ranks, ThreadPoolExecutor(1) if background else None
-        self._pending: Future[Path] | None = None
+        self._pending: Future[None] | None = None
 
     def save(self, policy: Policy, state: dict[str, Any]) -> None:
         """Write checkpoints/step-NNNNNN and drop all but the newest `keep`. `state` is plain JSON: State.to_dict(), at
@@ -72,7 +72,7 @@ class Export(NamedTuple):
 
 def save(
     run_dir: Path, export: Export, trained: dict[str, Any], state: dict[str, Any], ranks: Ranks, *, keep: int
-) -> Path:
+) -> None:
     """One checkpoint: `trained` is the policy's state_dict."""
     root = run_dir / "checkpoints"
     final = root / f"step-{state['step']:06d}"
@@ -104,7 +104,6 @@ def save(
         if ranks.main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return final
 
 
 def _write(folder: Path, trained: dict[str, Any], ranks: Ranks) -> None:

@@ -172,12 +172,12 @@ def to_svg(paint: Callable[[Any], None], *, number: int, size: tuple[float, floa
     return text
 
 
-def to_png(paint: Callable[[Any], None], path: Path, *, size: tuple[float, float] = (6.5, 4)) -> None:
+def to_png(paint: Callable[[Any], None], path: Path) -> None:
     """What `paint` draws on axes, as an image file."""
     from matplotlib.figure import Figure
 
     with _style():
-        figure = Figure(figsize=size, layout="constrained", facecolor=PAGE)
+        figure = Figure(figsize=(6.5, 4), layout="constrained", facecolor=PAGE)
         paint(figure.subplots())
         figure.savefig(path, format="png", dpi=150)
 

@@ -69,12 +69,6 @@ class Trie:
         return int((self.end - self.start).sum())
 
     @property
-    def subtree_tokens(self) -> np.ndarray:
-        """int64 [nodes]: tokens of each node and all below it."""
-        total = np.concatenate([[0], np.cumsum(self.end - self.start)])
-        return total[np.arange(len(self)) + self.size] - total[:-1]
-
-    @property
     def subtree_sequences(self) -> np.ndarray:
         """int64 [nodes]: sequences that end at each node or below it."""
         return self.first[np.arange(len(self)) + self.size] - self.first[:-1]
@@ -189,10 +183,9 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class PrefixTree:
-    """`nodes` in depth-first order (parents before children); `order` = sequences in trie order, siblings adjacent."""
+    """`nodes` in depth-first order (parents before children)."""
 
     nodes: list[Node]
-    order: list[int]
 
     @property
     def tokens(self) -> int:
@@ -219,7 +212,7 @@ def build(sequences: Sequence[Sequence[int]], *, min_saving: int = 1) -> PrefixT
             nodes.append(Node(representative[k], depth, end, above, leaves[k]))
             above = len(nodes) - 1
         kept.append(above)
-    return PrefixTree(nodes, fine.order.tolist())
+    return PrefixTree(nodes)
 
 
 _library: list[ctypes.CDLL | None] = []

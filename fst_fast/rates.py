@@ -17,17 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 TABLE = Path(__file__).parent / "rates.json"
-MEASURED = "measured"  # a source that begins so is
 
 
 @dataclass(frozen=True)
 class Rate:
     value: float
     source: str  # where it was measured, or that it was not
-
-    @property
-    def measured(self) -> bool:
-        return self.source.startswith(MEASURED)
 
 
 @dataclass(frozen=True)

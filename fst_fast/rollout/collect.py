@@ -79,17 +79,10 @@ class Collector:
         self._done: dict[int, Completion] = {}  # finished, and not yet asked for
 
     def collect(
-        self,
-        task: Task,
-        asks: Sequence[Ask],
-        *,
-        purpose: Purpose,
-        step: int,
-        key: tuple[str | int, ...],
-        scoring: bool = False,
+        self, task: Task, asks: Sequence[Ask], *, purpose: Purpose, step: int, key: tuple[str | int, ...]
     ) -> list[Rollout]:
-        """One rollout per ask, in the order of `asks`. `scoring`: they score prompts on GEPA's scoring set."""
-        return self.finish(self.submit(task, asks, purpose=purpose, step=step, key=key, scoring=scoring))
+        """One rollout per ask, in the order of `asks`."""
+        return self.finish(self.submit(task, asks, purpose=purpose, step=step, key=key))
 
     def submit(
         self,
@@ -103,9 +96,9 @@ class Collector:
         ahead: int = 0,
         age: int = 0,
     ) -> Asked:
-        """Queue a request per ask. `ahead`: they are for weights so many versions after the engine's, by which they
-        may begin; what is not finished when those are loaded is finished by them. `age`: so many weight changes they
-        may live through besides."""
+        """Queue a request per ask. `scoring`: they score prompts on GEPA's scoring set. `ahead`: they are for weights
+        so many versions after the engine's, by which they may begin; what is not finished when those are loaded is
+        finished by them. `age`: so many weight changes they may live through besides."""
         version = self.engine.policy_version
         encoded: dict[tuple[str, str], tuple[int, ...]] = {}  # a chat template is applied once per (prompt, problem)
         for ask in asks:

@@ -79,9 +79,6 @@ class RolloutStore:
     def sync(self) -> None:
         self._file.sync()
 
-    def close(self) -> None:
-        self._file.close()
-
 
 # ------------------------------------------------------------------------------------------------------------ the rule
 

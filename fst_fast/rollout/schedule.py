@@ -117,8 +117,8 @@ class LengthPredictor:
 
     PRIOR = 2.0  # how many responses of the problem itself weigh as much as those of all
 
-    def __init__(self, guess: int = 256) -> None:
-        self._all = Recent(0.999, 1e-3 * math.log(guess), 1e-3)
+    def __init__(self) -> None:
+        self._all = Recent(0.999, 1e-3 * math.log(256), 1e-3)  # a guess, until there are any
         self._square = Recent(0.999, 1.0, 1.0)  # of the error of a prediction, in the logarithm
         self._by_problem: dict[str, Recent] = {}
 

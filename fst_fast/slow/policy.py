@@ -128,11 +128,9 @@ def response_states(
     return lambda model: model.hidden(ids, use_cache=False)[row, column]
 
 
-def response_hidden(
-    model: Model, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...]] | None = None
-) -> torch.Tensor:
+def response_hidden(model: Model, rollouts: Sequence[Rollout]) -> torch.Tensor:
     """`response_states` of one model."""
-    return response_states(rollouts, model.device, contexts)(model)
+    return response_states(rollouts, model.device)(model)
 
 
 def response_targets(rollouts: Sequence[Rollout], device: torch.device) -> torch.Tensor:

@@ -17,8 +17,6 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from typing import Any
 from fst_fast.tasks.jail import PATIENCE
 
 GRACE = 5.0  # seconds beyond a program's own that its jail has to answer in; then the jail is killed with all in it
+MEMORY = 1 << 30  # bytes of address space, beyond the interpreter's
 START = 60.0  # seconds a jail has to start in: it runs the preamble
 KEPT = ("LD_LIBRARY_PATH",)  # what a Python may need to start; no other variable is seen by a program
 
@@ -50,18 +49,18 @@ class Outcome:
 class Sandbox:
     """A pool of jails, started on first use. Safe to share between threads.
 
-    A program has `seconds` of CPU time and three times as many on the clock, `memory` bytes of address space beyond the
+    A program has `seconds` of CPU time and three times as many on the clock, 1 GiB of address space beyond the
     interpreter's, one thread, no other process, no network, no file to write to, no signal to send, nothing of this
     process's environment; it sees Python's own files only, and what it prints is lost. `preamble` is trusted code whose
     names every program finds defined.
 
-    A layer that the host lacks is named by a warning when the first jail starts, and in `missing`.
+    A layer that the host lacks is named by a warning when the first jail starts.
     """
 
-    def __init__(self, *, preamble: str = "", seconds: float = 2.0, memory: int = 1 << 30, jails: int = 0):
+    def __init__(self, *, preamble: str = "", seconds: float = 2.0, jails: int = 0):
         self.size = jails or min(16, os.cpu_count() or 1)
         self._seconds = seconds
-        self._config = json.dumps({"preamble": preamble, "seconds": seconds, "memory": memory})
+        self._config = json.dumps({"preamble": preamble, "seconds": seconds, "memory": MEMORY})
         self._free: queue.LifoQueue[_Jail | None] = queue.LifoQueue()  # None = not started yet
         for _ in range(self.size):
             self._free.put(None)
@@ -81,18 +80,6 @@ class Sandbox:
             return outcome
         finally:
             self._free.put(jail)
-
-    def map(self, calls: Iterable[Call]) -> list[Outcome]:
-        """The outcomes in the order of `calls`, as many at once as there are jails."""
-        with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(self.call, calls))
-
-    @functools.cached_property
-    def missing(self) -> tuple[str, ...]:
-        """What this host cannot enforce, a sentence a layer; empty on a Linux with all of them."""
-        jail = _Jail(self._config)
-        jail.kill()
-        return jail.missing
 
 
 class _Jail:

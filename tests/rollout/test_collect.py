@@ -82,7 +82,6 @@ def test_a_store_opened_at_an_offset_forgets_what_came_after(model: Model, tmp_p
     door.collect(task, asks(task)[:2], purpose="rl", step=0, key=(0,))
     offset, count = door.store.offset, door.store.count
     door.collect(task, asks(task), purpose="rl", step=1, key=(1,))
-    door.store.close()
     again = collector(model, tmp_path, offset=offset, count=count)
     again.collect(task, asks(task)[:1], purpose="rl", step=1, key=(1,))
     lines = [json.loads(line) for line in (tmp_path / "rollouts" / "rollouts.jsonl").read_text().splitlines()]

@@ -275,14 +275,12 @@ def test_the_store_reads_back_what_was_scored_and_nothing_else(tmp_path: Path) -
     kept = dict(store.scored)
     offset, count = store.offset, store.count
     store.add([odd], step=2)
-    store.close()
     with open(store.path, "ab") as file:
         file.write(b'{"id":7,"torn')
     again = RolloutStore(tmp_path, offset=offset, count=count)
     again.read_back({x.id: x for x in over}, start=start)
     assert again.scored == {i: r for i, r in kept.items() if i > 0}
     assert [(r.policy_version, r.newest_version) for r in again.scored.values()] == [(4, 5), (5, 5)]
-    again.close()
 
 
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
@@ -290,14 +288,12 @@ def test_a_damaged_line_is_one_clear_error(at: float, tmp_path: Path) -> None:
     over = problems(3)
     store = RolloutStore(tmp_path)
     store.add([scored(PROMPTS[0], x) for x in over], step=0)
-    store.close()
     data = bytearray(store.path.read_bytes())
     data[int(at * len(data))] ^= 1
     store.path.write_bytes(data)
     again = RolloutStore(tmp_path, offset=len(data), count=3)
     with pytest.raises(UserError, match=r"rollouts\.jsonl: the line that ends at byte \d+ is damaged"):
         again.read_back({x.id: x for x in over}, start=0)
-    again.close()
 
 
 # -------------------------------------------------------------------------------------------------------- a whole run

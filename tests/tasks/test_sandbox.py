@@ -7,10 +7,10 @@ import platform
 import re
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,9 @@ def test_a_program_that_misbehaves_is_stopped_with_a_reason(
 @pytest.mark.parametrize("layers", ["namespaces", "landlock"])
 def test_the_same_holds_without_one_of_the_layers(layers: str, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weaker = without(layers, monkeypatch)
-    with pytest.warns(UserWarning, match="sandbox: there .* no (private namespaces|Landlock)"):
+    with pytest.warns(UserWarning, match="sandbox: there .* no (private namespaces|Landlock)") as said:
         assert weaker.call(Call("def f(x): return x", "f", 1)) == Outcome("1")
-    assert len(weaker.missing) == 1
+    assert sum("sandbox: there" in str(warning.message) for warning in said) == 1
     cases = {**ESCAPES, **({} if layers == "landlock" else HIDDEN)}
     slow = {name for name, (_, reason) in cases.items() if "no result" in reason}
     for name in cases.keys() - slow:
@@ -235,14 +235,8 @@ def test_many_run_at_once_and_keep_their_order(complete: Sandbox) -> None:
     expected = [
         Outcome(str(2 * i)) if i % 5 else Outcome(error="ZeroDivisionError: division by zero") for i in range(40)
     ]
-    assert complete.map(calls) == expected
-    results: list[list[Outcome]] = []
-    threads = [threading.Thread(target=lambda: results.append(complete.map(calls[:10]))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [expected[:10]] * 4
+    with ThreadPoolExecutor(complete.size + 4) as pool:  # some wait for a jail
+        assert list(pool.map(complete.call, calls)) == expected
 
 
 def test_a_jail_that_dies_is_replaced() -> None:
