@@ -145,9 +145,6 @@ class _Relay:
     inner: Reflector
     ask: Callable[[Any], list[Reflection]]
 
-    def __post_init__(self) -> None:
-        self.name, self.label = self.inner.name, self.inner.label
-
     @property
     def usage(self) -> ReflectionUsage:
         return self.inner.usage

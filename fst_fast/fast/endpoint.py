@@ -21,8 +21,6 @@ _BACK_OFF = 8.0  # seconds: the openai client waits up to this between two tries
 
 
 class EndpointReflector:
-    name = "openai"
-
     def __init__(self, config: ReflectorConfig, pose: Pose, max_prompt_chars: int):
         self.usage = ReflectionUsage()
         self._config, self._pose, self._max_prompt_chars = config, pose, max_prompt_chars

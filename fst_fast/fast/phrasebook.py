@@ -22,9 +22,6 @@ _IGNORED = "a all an answer are as be by each expected for from i in is it of on
 
 
 class PhrasebookReflector:
-    name = "phrasebook"
-    label = "rule-based, offline"
-
     def __init__(self, phrasebook: Mapping[str, Sequence[str]]):
         self.usage = ReflectionUsage()
         self._topics = {topic: list(sentences) for topic, sentences in phrasebook.items() if sentences}

@@ -45,8 +45,6 @@ class ReflectionUsage:
 
 
 class Reflector(Protocol):
-    name: str  # as in the config
-    label: str  # what it is, for people: "rule-based, offline"
     usage: ReflectionUsage  # since it was made, or set to nothing by the cycle that asks
 
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:

@@ -18,7 +18,7 @@ from fst_fast.tasks.task import Message, Task
 
 R = TypeVar("R")
 Generate = Callable[[Sequence[list[Message]]], list[Answer]]
-"""Chats in, the frozen base model's answers out, in order; "" for a chat that leaves no room in the context."""
+"""Chats in, the frozen base model's answers out, in order; one with a fault for a chat that leaves no room."""
 
 
 def make_reflector(
@@ -57,7 +57,7 @@ class OnFirstRank:
 
     def __init__(self, inner: Reflector, ranks: Ranks):
         self._inner, self._ranks = inner, ranks
-        self.name, self.label, self.usage = inner.name, inner.label, inner.usage
+        self.usage = inner.usage
 
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
         return self.begin(requests)()
@@ -93,9 +93,6 @@ def in_background(work: Callable[[], R]) -> Future[R]:
 
 class PolicyReflector:
     """The base model, frozen, rewrites its own prompts: no second service needed."""
-
-    name = "policy"
-    label = "the frozen base model itself"
 
     def __init__(self, generate: Generate, pose: Pose, max_prompt_chars: int, max_trace_chars: int):
         self.usage = ReflectionUsage()

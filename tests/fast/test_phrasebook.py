@@ -105,14 +105,13 @@ def test_the_same_request_gets_the_same_answer_in_any_process() -> None:
     assert len(outputs) == 1
 
 
-def test_it_says_what_it_did_and_what_it_is() -> None:
+def test_it_says_what_it_did() -> None:
     reflector = PhrasebookReflector({"salt": ["Use a pinch of salt."]})
     answers = reflector.reflect([request("Cook.", "no salt!", seed=seed) for seed in range(50)])
     notes = {answer.note for answer in answers}
     assert 'salt: "Use a pinch of salt." because "no salt!"' in notes
     assert Reflection("Cook.", "no change") in answers
     assert reflector.usage == ReflectionUsage(calls=50)
-    assert reflector.label == "rule-based, offline"
 
 
 def test_hostile_feedback_and_prompts_are_only_text() -> None:

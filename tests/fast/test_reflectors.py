@@ -6,6 +6,8 @@ import pytest
 
 from fst_fast.config import FastConfig, ReflectorConfig
 from fst_fast.errors import UserError
+from fst_fast.fast.endpoint import EndpointReflector
+from fst_fast.fast.phrasebook import PhrasebookReflector
 from fst_fast.fast.reflection import ReflectionRequest, ReflectionUsage
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.records import Answer, Problem, Prompt, Verdict
@@ -24,7 +26,7 @@ class Bookless(GlyphTask):
 
 def test_the_phrase_book_reflector_serves_a_task_that_has_one() -> None:
     reflector = make_reflector(FastConfig(reflector="phrasebook"), ReflectorConfig(), TASK)
-    assert (reflector.name, reflector.label) == ("phrasebook", "rule-based, offline")
+    assert isinstance(reflector, PhrasebookReflector)
 
 
 def test_a_task_without_phrase_book_is_refused_naming_the_field_and_what_would_do() -> None:
@@ -65,9 +67,9 @@ def test_a_base_url_that_is_none_is_refused(no_keys: pytest.MonkeyPatch, url: st
 
 def test_a_local_server_needs_no_key_and_its_label_shows_no_password(no_keys: pytest.MonkeyPatch) -> None:
     config = ReflectorConfig(base_url="http://me:pass@localhost:1/v1", model="m")
-    assert make_reflector(OPENAI, config, TASK).label == "m at localhost"
+    assert EndpointReflector(config, str, 8000).label == "m at localhost"
     no_keys.setenv("OPENAI_BASE_URL", "http://elsewhere/v1")
-    assert make_reflector(OPENAI, ReflectorConfig(model="m"), TASK).label == "m at elsewhere"
+    assert EndpointReflector(ReflectorConfig(model="m"), str, 8000).label == "m at elsewhere"
 
 
 def test_the_base_model_rewrites_its_own_prompt_in_one_batch() -> None:

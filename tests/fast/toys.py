@@ -51,8 +51,6 @@ def knows(prompt: Prompt, problem: Problem) -> tuple[str, Verdict]:
 class Scripted:
     """A reflector that answers with what `write` makes of each request."""
 
-    name, label = "scripted", "a test"
-
     def __init__(self, write: Callable[[ReflectionRequest], str | None]):
         self.write = write
         self.usage = ReflectionUsage()
