@@ -10,18 +10,15 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fst_fast.errors import UserError
 from fst_fast.records import Problem, Verdict
-from fst_fast.seeding import stream
 from fst_fast.tasks.datasets import records
 from fst_fast.tasks.json_answer import NotJson, difference, last_object, shown
-from fst_fast.tasks.published import HELD_OUT, PublishedOptions, PublishedTask, field
+from fst_fast.tasks.published import PublishedOptions, PublishedTask, field
 from fst_fast.tasks.sandbox import Call, Sandbox
-from fst_fast.tasks.split import hold_out, mixed
 
 PROMPT = 'Follow the program step by step. End with a JSON object: {"output": ...} or {"input": {...}}, as asked.'
 EXAMPLES = 3  # of a program that are used, as in the paper
@@ -59,6 +56,7 @@ class CodeioTask(PublishedTask):
     def __init__(self, source: str, seed: int, options: PublishedOptions, *, unseen: bool = False):
         super().__init__(f"codeio{'-ood' if unseen else ''}:{source}", seed, PROMPT, options)
         self._sandbox = Sandbox(preamble=PREAMBLE, seconds=options.seconds)
+        self.side_by_side = self._sandbox.size
         rows = _rows(source, options.programs)
         category = options.category or _rarest(rows)
         if options.category and not any(row["category"] == category for row in rows):
@@ -70,11 +68,10 @@ class CodeioTask(PublishedTask):
             raise UserError(f"{self.name}: the programs have no two categories of which one could be left out.")
         chosen = [row for row in rows if (row["category"] == category) == unseen]
         problems = self._problems(chosen, source)
-        rng = stream(seed, self.name, "split")
         if unseen:
-            self.train, self.validation = [], mixed(problems, rng)
+            self.train, self.validation = [], self.mixed(problems)
         else:
-            self.train, self.validation = hold_out(problems, lambda p: p.data["program"], HELD_OUT, rng, source)
+            self.hold_out(problems, source, by="program")
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         kind, expected = problem.slice, problem.data["output"]
@@ -93,10 +90,6 @@ class CodeioTask(PublishedTask):
             return Verdict(0.0, f"the output is wrong: {wrong}. {wanted}", {**parts, "form": 1.0})
         said = f"for the input {shown(answer)} {wrong}. the output should be {shown(expected)}"
         return Verdict(0.0, f"{said}, as it is for {shown(problem.data['input'])}.", {**parts, "form": 1.0})
-
-    def verify_all(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        with ThreadPoolExecutor(self._sandbox.size) as pool:
-            return list(pool.map(lambda answer: self.verify(*answer), answers))
 
     def _run(self, problem: Problem, argument: Any) -> str:
         """What is wrong with what the program makes of `argument`, in one clause; "" when that is the output."""
@@ -123,7 +116,7 @@ class CodeioTask(PublishedTask):
                         for text in [_text(row, kind, io[GIVEN[kind]])]
                     ]
                 )
-        with ThreadPoolExecutor(self._sandbox.size) as pool:
+        with ThreadPoolExecutor(self.side_by_side) as pool:
             faults = list(pool.map(lambda pair: self._run(pair[0], pair[0].data["input"]), pairs))
         # A slow program stays: whether it is in time may differ from run to run, and the problems must not.
         faults = ["" if SLOW in fault else fault for fault in faults]

@@ -66,9 +66,9 @@ class PublishedTask:
         with ThreadPoolExecutor(self.side_by_side) as pool:
             return list(pool.map(lambda answer: self.verify(*answer), answers))
 
-    def hold_out(self, problems: Sequence[Problem], source: str) -> None:
-        """Splits `problems` into train and validation."""
-        self.train, self.validation = hold_out(problems, lambda p: p.data["problem"], HELD_OUT, self._rng(), source)
+    def hold_out(self, problems: Sequence[Problem], source: str, by: str = "problem") -> None:
+        """Splits `problems` into train and validation; those of the same text `data[by]` are on one side."""
+        self.train, self.validation = hold_out(problems, lambda p: p.data[by], HELD_OUT, self._rng(), source)
 
     def mixed(self, problems: Sequence[Problem]) -> list[Problem]:
         """All of `problems` as validation, where the data has a split for it."""
