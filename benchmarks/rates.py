@@ -58,7 +58,7 @@ def measured(hardware: Hardware) -> Iterator[tuple[str, float]]:
     if torch.cuda.device_count() > 1:
         yield "link_gbs", _copied(torch.empty(2**30, dtype=torch.uint8, device="cuda:0"), "cuda:1") / 1e9
     model = random_model()
-    shape = shape_of(model.config, sum(p.numel() for p in model.lm.parameters()), "qwen3-8b, some layers")
+    shape = shape_of(model.lm, "qwen3-8b, some layers")
     rows = [(0, PROMPT + RESPONSE)] * SEQUENCES
     flops = shape.forward_flops(PassWork.over(rows, SEQUENCES * RESPONSE))
     yield "train_mfu", 3 * flops / _best(lambda: learn(model)) / hardware.peak

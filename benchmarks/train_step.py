@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, Any]:
     """All ways on the same rollouts and the same weights."""
     model = random_model(args.shape, 0, args.plain_layers)
     recompute(model, args.recompute)
-    shape = shape_of(model.config, sum(p.numel() for p in model.lm.parameters()), args.shape)
+    shape = shape_of(model.lm, args.shape)
     base = random_model(args.shape, 1, args.plain_layers) if args.kl else model
     groups = make_groups(model, args, length)
     rollouts = [r for g in groups for r in g.rollouts]

@@ -87,9 +87,9 @@ class Shape:
         return 2.0 * (body + attention + head * work.responses)
 
 
-def shape_of(config: Any, parameters: int, name: str) -> Shape:
-    """Of a transformers configuration and the number of parameters of its model."""
-    text = config.get_text_config()
+def shape_of(lm: Any, name: str) -> Shape:
+    """Of a transformers model, whose parameters need no memory."""
+    text = lm.config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
@@ -101,8 +101,8 @@ def shape_of(config: Any, parameters: int, name: str) -> Shape:
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
         vocab=text.vocab_size,
         context=int(getattr(text, "max_position_embeddings", None) or 1 << 30),
-        parameters=parameters,
-        tied=bool(config.tie_word_embeddings),
+        parameters=sum(p.numel() for p in lm.parameters()),
+        tied=bool(lm.config.tie_word_embeddings),
     )
 
 
@@ -126,7 +126,7 @@ def read_shape(path: str, *, field: str) -> Shape:
         config = config if path in BUILT_IN else AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
-        return shape_of(config, sum(p.numel() for p in lm.parameters()), path if path in BUILT_IN else folder.name)
+        return shape_of(lm, path if path in BUILT_IN else folder.name)
     except Exception as error:  # whatever a broken config.json makes transformers raise
         raise UserError(
             f"{field} = {path!r}: its config.json is not one of a causal LM: {error}".split("\n")[0]

@@ -121,7 +121,7 @@ class Trainer:
         self.base.lm.requires_grad_(False)
         self.longest = check_context(self.base, self.tasks, self.ood, config)
         self.inputs = fingerprint([*self.tasks, *([self.ood] if self.ood else [])], self.base)
-        self.shape = shape_of(self.base.lm.config, sum(p.numel() for p in self.base.lm.parameters()), path)
+        self.shape = shape_of(self.base.lm, path)
         # of a mixture of experts the shape counts them all for every token: no utilisation then
         dense = not any(".experts." in name for name, _ in self.base.lm.named_parameters())
         self.peak = self.ranks.size * peak_flops(self.base.device, config.peak_tflops) * dense
