@@ -14,6 +14,7 @@ import torch
 
 from fst_fast.buckets import gathered
 from fst_fast.errors import UserError
+from fst_fast.shape import context_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +48,7 @@ class Model:
         self.config = lm.config.get_text_config()
         self._dtype: torch.dtype = lm.dtype
         self.device = lm.device
-        self.context: int = _context(self.config)
+        self.context = context_of(self.config)
         layer_types = getattr(self.config, "layer_types", None)
         window = getattr(self.config, "sliding_window", None)
         # older configurations (Mistral, Phi-3) have one window for all layers, and their models take one plain mask
@@ -374,15 +375,6 @@ def on_device(x: torch.Tensor | np.ndarray | Sequence[Any], device: torch.device
 def whole(x: torch.Tensor) -> torch.Tensor:
     """A DTensor gathered from its ranks, which all ask for it; a plain tensor as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def _context(config: Any) -> int:
-    """Tokens of the longest sequence. Under LongRoPE (Phi) no more than it was first trained on: beyond that every
-    token is turned otherwise, those before it and those of other sequences in the batch too."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some have one for each kind of layer
-    first = [int(r["original_max_position_embeddings"]) for r in kinds if r.get("rope_type") == "longrope"]
-    return min([int(getattr(config, "max_position_embeddings", None) or 1 << 30), *first])
 
 
 def _common(a: Sequence[object], b: Sequence[object]) -> int:

@@ -100,10 +100,19 @@ def shape_of(lm: Any, name: str) -> Shape:
         kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
         vocab=text.vocab_size,
-        context=int(getattr(text, "max_position_embeddings", None) or 1 << 30),
+        context=context_of(text),
         parameters=sum(p.numel() for p in lm.parameters()),
         tied=bool(lm.config.tie_word_embeddings),
     )
+
+
+def context_of(config: Any) -> int:
+    """Tokens of the longest sequence. Under LongRoPE (Phi) no more than it was first trained on: beyond that every
+    token is turned otherwise, those before it and those of other sequences in the batch too."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some have one for each kind of layer
+    first = [int(r["original_max_position_embeddings"]) for r in kinds if r.get("rope_type") == "longrope"]
+    return min([int(getattr(config, "max_position_embeddings", None) or 1 << 30), *first])
 
 
 def read_shape(path: str, *, field: str) -> Shape:

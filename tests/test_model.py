@@ -16,6 +16,7 @@ from fst_fast.model import Model, _through_two_layers, load_model
 from fst_fast.rollout import torch_engine
 from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.torch_engine import TorchEngine
+from fst_fast.shape import read_shape
 from tests.models import save_tiny, tiny
 
 CHAT = [{"role": "system", "content": "use upper case."}, {"role": "user", "content": "a b"}]
@@ -152,6 +153,7 @@ def test_a_sequence_has_the_same_states_whatever_is_beside_it_up_to_the_context(
             p.mul_(3.0) if p.ndim > 1 else None
     lm.save_pretrained(tmp_path)
     model = load_model(str(tmp_path))
+    assert read_shape(str(tmp_path), field="model.path").context == model.context  # a plan knows it too
     rows = torch.randint(5, 300, (2, model.context))
     with torch.no_grad():
         alone, beside = model.hidden(rows[:1, :20]), model.hidden(rows)[:1, :20]
