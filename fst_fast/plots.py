@@ -263,9 +263,8 @@ def _finite(value: Any) -> bool:
 
 def _mark_switches(axes: Any, panel: Panel, groups: Sequence[Group]) -> None:
     """A vertical line where a stage begins: one grey line with the task's name if all runs agree, else one per run."""
-    key = "steps" if panel.x == "step" else panel.x
     starts = {
-        (run.start(stage, key), stage, task) for g in groups for run in g.runs for stage, task in run.stages.items()
+        (run.start(stage, panel.x), stage, task) for g in groups for run in g.runs for stage, task in run.stages.items()
     }
     later = {start for start in starts if start[1] > 0}
     if len({stage for _, stage, _ in later}) == len(later):
@@ -278,7 +277,7 @@ def _mark_switches(axes: Any, panel: Panel, groups: Sequence[Group]) -> None:
         for run in group.runs:
             for stage in run.stages:
                 if stage:
-                    axes.axvline(run.start(stage, key), color=group.color, linewidth=0.7, linestyle="--", alpha=0.5)
+                    axes.axvline(run.start(stage, panel.x), color=group.color, linewidth=0.7, linestyle="--", alpha=0.5)
 
 
 def _more_rewards(axes: Any, panel: Panel, run: Run) -> None:

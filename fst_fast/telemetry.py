@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fst_fast.config import Config
 
 Record = dict[str, Any]
-SPENT = ("steps", "rollouts", "tokens")
+SPENT = {"steps": "step", "rollouts": "rollouts", "tokens": "tokens"}  # and their key in a record
 RATES = (
     "tokens_per_second",
     "gpu_tokens_per_second",
@@ -41,7 +41,7 @@ class Telemetry:
     `offset` and `step` come from the checkpoint a run resumes from (0, 0 for a new one): metrics.jsonl is cut there,
     what is cut off leaves its costs in a record "lost", and TensorBoard hides what it has of later steps. The terminal
     gets a live display, anything else a line per evaluation and evolution. `dry`: nothing is written or said, rank 0
-    does. UserError when wandb is asked for and missing, or metrics.jsonl does not fit `offset`.
+    does. UserError when metrics.jsonl does not fit `offset`.
     """
 
     def __init__(
@@ -59,7 +59,6 @@ class Telemetry:
 
         if dry:
             config = replace(config, wandb=False, tensorboard=False, progress=False)
-        wandb = _import_wandb() if config.wandb else None  # before any file is touched
         run_dir = Path(run_dir)
         self.console = console or Console(quiet=dry)
         lost = None if dry else _costs_behind(run_dir / "metrics.jsonl", offset)  # opening cuts them off
@@ -74,7 +73,9 @@ class Telemetry:
             from torch.utils.tensorboard import SummaryWriter  # 0.1 s after torch
 
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        if wandb is not None:
+        if config.wandb:
+            import wandb
+
             name = run_dir.resolve().name
             self._wandb = wandb.init(
                 project="fst-fast", name=name, id=name, resume="allow", dir=str(run_dir), config=asdict(config)
@@ -188,16 +189,6 @@ def _summed(of: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-def _import_wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "wandb = true needs Weights & Biases: pip install 'fst-fast[wandb]', or leave it out"
-        ) from error
-    return wandb
-
-
 def _line(record: Mapping[str, Any], total: int, prompt: str) -> str:
     parts = [f"step {record['step']}/{total}", plain(record["task"], 40)]
     if record["kind"] == "eval":
@@ -277,14 +268,13 @@ class Run:
         return next((r for r in reversed(self.evals) if r["stage"] == stage), None)
 
     def start(self, stage: int, key: str) -> int:
-        """Steps, rollouts or tokens (`key`) spent before `stage` began."""
-        key = "step" if key == "steps" else key
+        """Step, rollouts or tokens (`key`) spent before `stage` began."""
         return max((r[key] for r in self.steps + self.evals if r["stage"] < stage and key in r), default=0)
 
     @cached_property
     def spans(self) -> dict[int, tuple[int, int]]:
         """Stage to the steps finished when it began, and when it ended or where it is now."""
-        first = {stage: self.start(stage, "steps") for stage in self.stages}
+        first = {stage: self.start(stage, "step") for stage in self.stages}
         return {s: (f, max((r["step"] for r in self.steps if r["stage"] == s), default=f)) for s, f in first.items()}
 
     def total(self, key: str) -> int:
@@ -314,9 +304,7 @@ class Run:
         for stage, task in self.stages.items():
             for level in wanted:
                 hit = next((r for r in self.evals if r["stage"] == stage and r["reward"] >= level), None)
-                spent = {
-                    key: hit[key.replace("steps", "step")] - self.start(stage, key) if hit else None for key in SPENT
-                }
+                spent = {name: hit[key] - self.start(stage, key) if hit else None for name, key in SPENT.items()}
                 found.append({"stage": stage, "task": task, "level": level, **spent})
         return found
 
