@@ -158,9 +158,7 @@ class Trainer:
         check_shared(run_dir, self.ranks)
         self.reflectors = [
             make_reflector(config.fast, config.reflector, t, self._generate, self.ranks)
-            if config.mode != "rl"
-            else None
-            for t in self.tasks
+            for t in (self.tasks if config.mode != "rl" else ())
         ]
         if not resume:
             self.ranks.first(lambda: write_atomic(run_dir / "config.toml", to_toml(config).encode()))
@@ -441,16 +439,15 @@ class Trainer:
 
     def _begin_cycle(self, step: int, proposals: int) -> None:
         """A GEPA cycle before `step`, on the problems of the T batches from there on, with its first call asked."""
-        ahead, failed = self._lookahead(step), set(self.state.failed)
-        reflector, self.state.failed, self.generated = self.reflectors[self.stage.index], [], 0
-        assert reflector is not None
+        ahead = self.order.lookahead(step - self.stage.start, self.config.fast.every)  # the T batches
+        failed, self.state.failed, self.generated = set(self.state.failed), [], 0
         begin, first = self.store.offset, self.store.count
         with self.meter.phase("reflect"):  # and what GEPA does by itself
             cycle = Cycle(
                 self.state.pool,
                 scoring=ahead[: self.config.fast.scoring_problems],
                 training=ahead,
-                reflector=reflector,
+                reflector=self.reflectors[self.stage.index],
                 config=self.config.fast,
                 proposals=proposals,
                 seed=self.config.seed,
@@ -477,10 +474,6 @@ class Trainer:
             else:
                 evolving.cycle.listen()
             self._ask_gepa(evolving)
-
-    def _lookahead(self, step: int) -> list[Problem]:
-        """The problems of the T batches from `step` on."""
-        return self.order.lookahead(step - self.stage.start, self.config.fast.every)
 
     def _ask_gepa(self, evolving: Evolving) -> None:
         """Queue what a cycle wants, for the present weights and those that follow until it ends."""
