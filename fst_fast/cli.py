@@ -21,7 +21,7 @@ import tyro
 from fst_fast.config import MODES, PRESETS, Config, check, check_installed, from_dict, preset
 from fst_fast.errors import EngineError, UserError
 from fst_fast.files import DISK_FULL
-from fst_fast.launch import QUIET, record
+from fst_fast.launch import QUIET, record, say
 from fst_fast.plan import PlanOptions
 from fst_fast.ranks import launched
 
@@ -175,7 +175,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             raise
         if isinstance(error, EngineError):
             traceback.print_exc()
-        sys.exit(_say(sentence, code))
+        sys.exit(say(sentence, code))
 
 
 def _leave(error: BaseException, sentence: str, code: int) -> NoReturn:
@@ -186,7 +186,7 @@ def _leave(error: BaseException, sentence: str, code: int) -> NoReturn:
         if not sentence or isinstance(error, EngineError):
             traceback.print_exception(error)
         if sentence:
-            _say(sentence, code)
+            say(sentence, code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -214,8 +214,3 @@ def _thread_error(args: threading.ExceptHookArgs) -> None:
     """TensorBoard's writer meets a full disk in a thread of its own; the main thread meets it too, and says so."""
     if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_FULL):
         threading.__excepthook__(args)
-
-
-def _say(text: str, code: int) -> int:
-    print(text.encode("utf-8", "replace").decode(), file=sys.stderr)
-    return code

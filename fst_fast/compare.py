@@ -12,11 +12,10 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -26,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fst_fast.cli import config_from, read_config, run
-from fst_fast.config import Config, stages
+from fst_fast.config import Config, flat, stages
 from fst_fast.errors import UserError
 from fst_fast.plots import group_runs, plot_comparison
 from fst_fast.report import caveats, comparison, write_report
@@ -157,14 +156,6 @@ def check_same(job: Job) -> None:
     for (name, old), new in zip(flat(asdict(begun)).items(), flat(asdict(config)).values(), strict=True):
         if old != new:
             raise UserError(f"{name} = {new!r}: {job.dir} was begun with {old!r}; choose another --out, or remove it")
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested settings by dotted name."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves
 
 
 def work(jobs: Sequence[Job], parallel: int) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -20,7 +21,7 @@ from fst_fast.tasks.published import PublishedOptions
 
 Mode = Literal["fst", "rl", "gepa", "rl-then-gepa", "fst-distill"]
 Recompute = Literal["off", "selective", "full"]
-MODES: tuple[Mode, ...] = ("fst", "rl", "gepa", "rl-then-gepa", "fst-distill")
+MODES: tuple[Mode, ...] = get_args(Mode)
 INSTRUCTIONS = 64  # cases of an evaluation's "retention", where the stream has glyph
 
 # What a field may hold; the upper ends only catch slips of the keyboard, inf and nan.
@@ -401,6 +402,14 @@ def to_toml(config: Config) -> str:
     import tomli_w
 
     return tomli_w.dumps(asdict(config))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested settings by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
 
 
 def from_dict(data: dict[str, Any], default: Config, *, source: str) -> Config:

@@ -69,9 +69,9 @@ def launch(count: int, argv: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fst_fast.train", *argv)
     except ChildFailedError as error:
-        return _say(*_sentence(*_cause(error.failures)))
+        return say(*_sentence(*_cause(error.failures)))
     except SignalException as error:
-        return _say(f"stopped by {error.sigval.name}; --resume continues from the last checkpoint", 128 + error.sigval)
+        return say(f"stopped by {error.sigval.name}; --resume continues from the last checkpoint", 128 + error.sigval)
     return 0
 
 
@@ -111,6 +111,7 @@ def _sentence(rank: int, failure: ProcessFailure) -> tuple[str, int]:
     return f"{trace}error: rank {rank} {why}; the others were stopped; --resume continues from the last checkpoint", 1
 
 
-def _say(text: str, code: int) -> int:
+def say(text: str, code: int) -> int:
+    """Prints `text` as the last word of a process that ends with `code`."""
     print(text.encode("utf-8", "replace").decode(), file=sys.stderr)
     return code

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, get_args
 
 from pydantic import Field
 
@@ -321,7 +321,7 @@ def _misfit(shape: Shape, at: Layout) -> str:
 
 def _alternatives(at: Layout) -> Iterator[Layout]:
     """Other layouts, those that cost least speed first."""
-    modes: tuple[Recompute, ...] = ("off", "selective", "full")
+    modes = get_args(Recompute)
     for gpus in (1, 2, 4, 8, 16, 32, 64):
         for offload, micro, fraction, mode, size in product(
             (at.offload, True),

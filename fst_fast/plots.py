@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fst_fast.config import flat
 from fst_fast.telemetry import Record, Run, plain, read_run
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; in a page's SVG each becomes a CSS variable.
@@ -115,12 +116,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in run.config.items():
-        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
     free = {"mode", "seed", "run_dir", "threads", "wandb", "tensorboard", "progress"}
     free |= {"checkpoint_every", "keep_checkpoints"}
-    return {key: value for key, value in flat.items() if key not in free}
+    return {key: value for key, value in flat(run.config).items() if key not in free}
 
 
 def plot_comparison(run_dirs: Sequence[Path | str], out_png: Path | str) -> Path:

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fst_fast.cli import config_from
-from fst_fast.compare import Job, check_same, flat
-from fst_fast.config import Config, Stage, stages
+from fst_fast.compare import Job, check_same
+from fst_fast.config import Config, Stage, flat, stages
 from fst_fast.experiments.experiment import Arm, Base, Setting
 from fst_fast.tasks.mixture import is_mixture
 from fst_fast.telemetry import Run, read_run
