@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -247,15 +247,12 @@ AS_GOOD = Claim("Without its optimised prompts FST is at least as good as RL out
 def ood(setting: Setting, runs: Runs) -> Result:
     """A task that is not trained on, under its seed prompt (--eval.ood); without one, other instructions of the glyph
     world, each stated by its own prompt. No optimised prompt takes part."""
-    labels = {"RL": "RL", "FST": "FST"}
     task = runs["RL"][0].config["eval"].get("ood", "")
     key, what = ("reward_ood", f"reward on {task}") if task else ("retention", "other instructions followed")
     base = [run.evals[0][key] for run in runs["RL"]]
-    values = {"base": base, **{label: lasts(runs[label], key) for label in labels}}
-    seed = {
-        "base": [r.evals[0]["reward_seed"] for r in runs["RL"]],
-        **{x: lasts(runs[x], "reward_seed") for x in labels},
-    }
+    values = {"base": base, **{label: lasts(of, key) for label, of in runs.items()}}
+    seed = {label: lasts(of, "reward_seed") for label, of in runs.items()}
+    seed["base"] = [run.evals[0]["reward_seed"] for run in runs["RL"]]
     rows = [[label, each(of), each(seed[label])] for label, of in values.items()]
     gaps = minus(values["FST"], values["RL"])
     n = samples(runs["RL"][0]) if task else INSTRUCTIONS
@@ -276,48 +273,31 @@ def has_ood(setting: Setting) -> str:
     return "it needs a task that no arm trains on: add --eval.ood TASK, e.g. --eval.ood codeio-ood:SOURCE"
 
 
+ENTROPIES: Mapping[str, Callable[[Run], float]] = {
+    "mean over the evaluations": lambda run: area(run, "entropy"),
+    "at the end": lambda run: last(run, "entropy"),
+    "of training rollouts, mean over the steps": lambda run: fmean(r["entropy"] for r in run.steps),
+}
 EXPLORES = Claim("Entropy stays higher in FST", "higher: different prompts explore")
 
 
-def entropy_at(runs: Sequence[Run]) -> list[float]:
-    return [area(run, "entropy") for run in runs]
-
-
 def entropy(setting: Setting, runs: Runs) -> Result:
-    values = {label: entropy_at(of) for label, of in runs.items()}
+    rows: list[list[str]] = []
+    for what, of in ENTROPIES.items():
+        of_rl, of_fst = ([of(run) for run in runs[label]] for label in ("RL", "FST"))
+        rows.append([what, each(of_rl, ".3f"), each(of_fst, ".3f"), each(minus(of_fst, of_rl), "+.3f")])
     matched = []
     for rl, fst in zip(runs["RL"], runs["FST"], strict=True):
         areas = area_between(*[[(r["reward"], r["entropy"]) for r in run.evals] for run in (rl, fst)])
         matched.append(None if areas is None else areas[1] - areas[0])
-    steps = minus([first_entropy(r) for r in runs["FST"]], [first_entropy(r) for r in runs["RL"]])
-    gaps = minus(values["FST"], values["RL"])
-    rows = [
-        ["mean over the evaluations", each(values["RL"], ".3f"), each(values["FST"], ".3f"), each(gaps, "+.3f")],
-        [
-            "at the end",
-            each(lasts(runs["RL"], "entropy"), ".3f"),
-            each(lasts(runs["FST"], "entropy"), ".3f"),
-            each(minus(lasts(runs["FST"], "entropy"), lasts(runs["RL"], "entropy")), "+.3f"),
-        ],
-        [
-            "of training rollouts, mean over the steps",
-            each([first_entropy(r) for r in runs["RL"]], ".3f"),
-            each([first_entropy(r) for r in runs["FST"]], ".3f"),
-            each(steps, "+.3f"),
-        ],
-        ["at matched reward, area between", "", "", each(matched, "+.3f")],
-    ]
+    rows.append(["at matched reward, area between", "", "", each(matched, "+.3f")])
+    gaps = minus(*([area(run, "entropy") for run in runs[label]] for label in ("FST", "RL")))
     finding = EXPLORES.judged(gaps, f"FST − RL {each(gaps, '+.3f')} nats per token, mean over the evaluations")
     notes = [
         "In nats per token on held-out problems, under each run's best prompt: one that says the rule leaves less "
         "to be uncertain about, which is no loss of exploration. Training rollouts are under all its prompts."
     ]
     return Result([finding], ["", "RL", "FST", "FST − RL"], rows, curves(ENTROPY, runs), notes, {"gap": gaps})
-
-
-def first_entropy(run: Run) -> float:
-    """Of the training rollouts, mean over the steps."""
-    return fmean(r["entropy"] for r in run.steps)
 
 
 # --------------------------------------------------------------------------------------------------------- star graph

@@ -52,7 +52,7 @@ class Setting:
     @property
     def short(self) -> int:
         """Steps of arms that need no more than the early part of the curve: half of the first stage."""
-        return max(10 * (self.steps // 20), self.steps // 2 if self.steps < 20 else 10)
+        return 10 * (self.steps // 20) or self.steps // 2
 
     def stream(self, *steps: int) -> str:
         """The first stages, with these numbers of steps."""

@@ -103,13 +103,9 @@ def sliced_arms(setting: Setting) -> list[Arm]:
 
 def sliced(setting: Setting, runs: Runs) -> Result:
     per_slice = {label: lasts(of, "reward_per_slice") for label, of in runs.items()}
-    rows = [
-        [label, each(lasts(of)), each(per_slice[label]), each([live(run) for run in of])] for label, of in runs.items()
-    ]
-    gaps, informed = (
-        minus(values["K = 2"], values["K = 1"])
-        for values in (per_slice, {label: [live(run) for run in of] for label, of in runs.items()})
-    )
+    carry = {label: [live(run) for run in of] for label, of in runs.items()}
+    rows = [[label, each(lasts(of)), each(per_slice[label]), each(carry[label])] for label, of in runs.items()]
+    gaps, informed = (minus(values["K = 2"], values["K = 1"]) for values in (per_slice, carry))
     findings = [
         SPECIALISTS.judged(gaps, f"best prompt per slice, K = 2 − K = 1: {each(gaps, '+.2f')}"),
         INFORMED.judged(
