@@ -34,8 +34,8 @@ from fst_fast.slow.packing import packed_batches, packed_work
 from fst_fast.slow.policy import Policy, micro_batches, padded_work
 from fst_fast.slow.sharding import recompute
 
-# hidden, layers, heads, KV heads, head dim, intermediate, vocabulary: tiny is the one of rollouts.md, its vocabulary as
-# small against its layers as Qwen3-8B's; the others are those of their config.json
+# hidden, layers, heads, KV heads, head dim, intermediate, vocabulary: tiny has a vocabulary as small against its layers
+# as Qwen3-8B's; the others are those of their config.json, but for a head of its own
 SHAPES = {
     "tiny": (256, 4, 8, 4, 32, 768, 1024),
     "qwen3-0.6b": (1024, 28, 16, 8, 128, 3072, 151936),

@@ -1,9 +1,9 @@
 """Atomic checkpoints of everything a run needs to go on: weights, optimizer, and the loop's state.
 
 A checkpoint is a folder written under a temporary name, fsynced and renamed: `trainer/` (torch.distributed.checkpoint:
-masters and moments, read back on any number of ranks), `model/` (a Hugging Face folder, with
-prompts.json), `state.json`. Its manifest,
-written last, holds a checksum of every file: a folder that does not match is passed over for the one before.
+masters and moments, read back on any number of ranks), `model/` (a Hugging Face folder, with prompts.json),
+`state.json`. Its manifest, written last, holds a checksum of every file: a folder that does not match is passed over
+for the one before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One tree of dataclasses: every field documented, defaults that run. `config.toml` of a run is this, written out.
 
-Defaults are the paper's recipe (fst.md, appendix D, second-hand) and serve any real model; the preset `glyph` changes
+Defaults are the paper's recipe (its appendix D, second-hand) and serve any real model; the preset `glyph` changes
 what the embedded model needs and is the default while no `--model.path` is given.
 """
 
@@ -269,7 +269,7 @@ def stages(stream: str) -> list[Stage]:
     return out
 
 
-# The embedded run as measured in embedded.md: P 16, G 8, 2 minibatches, T 10, minibatch 8, 24 scored problems, pool 10.
+# The embedded run, as measured: P 16, G 8, 2 minibatches, T 10, minibatch 8, 24 scored problems, pool 10.
 GLYPH = Config(
     # A GPU gains nothing: on an H100 a decoded token waited 2 ms a layer for launches alone (benchmarks/README.md).
     model=ModelConfig(device="cpu"),
@@ -330,7 +330,7 @@ PRESETS |= {
 
 
 def preset(name: str, mode: Mode) -> Config:
-    """The defaults a run starts from. On glyph RL alone learns best at a larger rate (measured, embedded.md)."""
+    """The defaults a run starts from. On glyph RL alone learns best at a larger rate (measured)."""
     config = replace(PRESETS[name], mode=mode)
     if name == "glyph" and mode in ("rl", "rl-then-gepa"):
         config = replace(config, slow=replace(config.slow, lr=5e-4))

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
-TIMEOUT = timedelta(
-    hours=1
-)  # the others wait while rank 0 asks a reflector; a rank that dies is noticed by the launcher
+# The others wait while rank 0 asks a reflector; a rank that dies is noticed by the launcher.
+TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Pure temperature sampling: top-k or top-p would bias the importance ratio. temperature 0 is greedy."""
+    """Pure temperature sampling: top-k or top-p would bias the importance ratio. The temperature is above 0."""
 
     temperature: float = 1.0
     max_new_tokens: int = 32

@@ -23,15 +23,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 SPENT = {"steps": "step", "rollouts": "rollouts", "tokens": "tokens"}  # and their key in a record
-RATES = (
-    "tokens_per_second",
-    "gpu_tokens_per_second",
-    "mfu",
-    "step_mfu",
-    "watts",
-    "utilisation",
-    "memory",
-)  # of a record's times: no sums
+# Of a record's times: no sums.
+RATES = ("tokens_per_second", "gpu_tokens_per_second", "mfu", "step_mfu", "watts", "utilisation", "memory")
 SUMS = ("seconds", "gpu_hours", "gpu_dollars", "joules")  # the others are seconds of phases
 
 

@@ -1,6 +1,6 @@
 """The offline reflector: reads the verifier's feedback and edits the prompt's sentences from the task's phrase book.
 
-Rule-based, no model. Noisy on purpose, with the numbers of the experiment in embedded.md. It never sees a task's hidden
+Rule-based, no model. Noisy on purpose, with numbers that an experiment chose. It never sees a task's hidden
 rule: which topic a feedback sentence is about, and which wording answers it, it guesses from the words they share.
 """
 

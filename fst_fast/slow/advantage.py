@@ -25,7 +25,7 @@ def has_signal(group: Group) -> bool:
 
 
 def advantages(group: Group, *, baseline: str = "mean") -> list[float]:
-    """A_i = (r_i − b_i) / (std(r) + ε): b the group's mean (fst.md), or the mean of the others ("leave-one-out"), which
+    """A_i = (r_i − b_i) / (std(r) + ε): b the group's mean (paper), or the mean of the others ("leave-one-out"), which
     does not depend on r_i; the two differ by the factor G / (G − 1). std is the group's sample standard deviation."""
     rewards = torch.tensor([r.reward for r in group.rollouts], dtype=torch.float64)
     centred = rewards - rewards.mean()

@@ -36,7 +36,7 @@ class StepReport:
     """What one slow step did; metrics are token means over what was trained on."""
 
     groups: int
-    live_groups: int  # with differing rewards; the others carry no policy gradient and are dropped (fst.md), KL and all
+    live_groups: int  # with differing rewards; the others carry no policy gradient and are dropped (paper), KL and all
     metrics: dict[str, float]
     log_ratios: list[tuple[Rollout, torch.Tensor]] = field(default_factory=list)
     """log ρ_t [tokens] of each rollout trained on, by the weights of its minibatch's update. Empty for distillation."""

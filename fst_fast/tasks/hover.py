@@ -34,8 +34,6 @@ FILLERS = set(
         "mathrm my of provided so statement text textbf that the therefore this thus verdict",
     )
 )
-
-
 STATEMENTS = {
     "supported": "SUPPORTED", "supports": "SUPPORTED",
     "not supported": "NOT_SUPPORTED", "unsupported": "NOT_SUPPORTED", "does not support": "NOT_SUPPORTED",

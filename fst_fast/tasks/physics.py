@@ -2,7 +2,8 @@ r"""Physics in the format of UGPhysics (Xu et al. 2025): numbers with units, exp
 
 `physics:SOURCE` has the problems of all domains but `data.unseen`, `physics-ood:SOURCE` those of that one. SOURCE is
 the Hub's UGPhysics/ugphysics, a folder with its files (AtomicPhysics/en.jsonl, ...), or one such file. Read are
-the fields subject, index, domain, problem, answers, answer_type (NV, EX, EQ, IN, TUP, TF, MC, or several), unit.
+the fields subject, index, domain, problem, answers, answer_type (NV, EX, EQ, IN, TUP, TF, MC, or several), unit; and
+language, if there is one.
 """
 
 from __future__ import annotations
