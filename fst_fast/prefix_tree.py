@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import warnings
 from collections.abc import Sequence
@@ -215,23 +216,18 @@ def build(sequences: Sequence[Sequence[int]], *, min_saving: int = 1) -> PrefixT
     return PrefixTree(nodes)
 
 
-_library: list[ctypes.CDLL | None] = []
-
-
+@functools.cache
 def _csrc() -> ctypes.CDLL | None:
     """The compiled helpers, loaded once; None (and one warning) where the install had no compiler. UserError when they
     were built from older code."""
-    if not _library:
-        spec = importlib.util.find_spec("fst_fast._csrc")
-        if spec is None or spec.origin is None:
-            warnings.warn("fst_fast._csrc is not built (no C++ compiler at install?): using Python", stacklevel=3)
-            _library.append(None)
-        else:
-            library = ctypes.CDLL(spec.origin)
-            if not hasattr(library, "fst_prefix_tree"):
-                raise UserError(f"{spec.origin} is older than this code: install again, e.g. pip install -e .")
-            pointer = ctypes.c_void_p
-            library.fst_prefix_tree.argtypes = [pointer, pointer, pointer, ctypes.c_int64, *[pointer] * 7]
-            library.fst_prefix_tree.restype = ctypes.c_int64
-            _library.append(library)
-    return _library[0]
+    spec = importlib.util.find_spec("fst_fast._csrc")
+    if spec is None or spec.origin is None:
+        warnings.warn("fst_fast._csrc is not built (no C++ compiler at install?): using Python", stacklevel=3)
+        return None
+    library = ctypes.CDLL(spec.origin)
+    if not hasattr(library, "fst_prefix_tree"):
+        raise UserError(f"{spec.origin} is older than this code: install again, e.g. pip install -e .")
+    pointer = ctypes.c_void_p
+    library.fst_prefix_tree.argtypes = [pointer, pointer, pointer, ctypes.c_int64, *[pointer] * 7]
+    library.fst_prefix_tree.restype = ctypes.c_int64
+    return library

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import numpy as np
@@ -138,7 +139,7 @@ def test_csrc_is_built_where_there_is_a_compiler() -> None:
 
 def test_a_library_built_from_older_code_is_one_sentence_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     stale = importlib.util.find_spec("_ctypes")  # some library without our functions
-    monkeypatch.setattr(prefix_tree, "_library", [])
+    monkeypatch.setattr(prefix_tree, "_csrc", functools.cache(_csrc.__wrapped__))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: stale)
     for _ in range(2):
         with pytest.raises(UserError, match=r"_ctypes\S* is older than this code: install again"):
