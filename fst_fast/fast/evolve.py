@@ -149,10 +149,6 @@ def evolve(
     )
 
 
-def _distinct_problems(scoring: Sequence[Problem]) -> list[Problem]:
-    return list({p.id: p for p in scoring}.values())
-
-
 def _members(result: Any, run: _Cycle, cycle: int) -> list[Member]:
     """All who raced: those carried in, then the accepted children."""
     prompts = [Prompt(candidate[_COMPONENT]) for candidate in result.candidates]
@@ -198,9 +194,8 @@ class _Cycle:
         self.candidates: list[Candidate] = []
         self.rollouts = self.rounds = self.sampled = 0
         self.error: Exception | None = None
-        self.race = Race(
-            _distinct_problems(scoring), self._score, keep=config.population, pauses=config.race, blind=blind
-        )
+        distinct_problems = list({p.id: p for p in scoring}.values())
+        self.race = Race(distinct_problems, self._score, keep=config.population, pauses=config.race, blind=blind)
         self.race.enter([m.prompt for m in members])
 
     @property

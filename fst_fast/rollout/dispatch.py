@@ -99,14 +99,12 @@ class Dispatcher:
         for engine in engines:
             q = self.queues[engine]
             while q.waiting:
-                if self._fits(q, *q.waiting[0], version):
-                    started.append((engine, self._start(engine, *q.waiting.popleft())))
-                    continue
-                last = _last(q.waiting)
-                if not last or not self._fits(q, *q.waiting[last], version):
-                    break
-                started.append((engine, self._start(engine, *q.waiting[last])))
-                del q.waiting[last]
+                at = 0
+                if not self._fits(q, *q.waiting[0], version):
+                    at = _last(q.waiting)
+                    if not at or not self._fits(q, *q.waiting[at], version):
+                        break
+                started.append(self._start(engine, q.waiting, at))
         if not self.bounded:  # nothing that has been handed over comes back
             return started
         for engine in engines:
@@ -115,8 +113,7 @@ class Dispatcher:
                 last = _last(richest.waiting)
                 if not self._fits(q, *richest.waiting[last], version):
                     break
-                started.append((engine, self._start(engine, *richest.waiting[last])))
-                del richest.waiting[last]
+                started.append(self._start(engine, richest.waiting, last))
         return started
 
     def advance(self, engine: int, steps: int = 1) -> None:
@@ -141,11 +138,12 @@ class Dispatcher:
             del self._where[i]
         return waiting
 
-    def _start(self, engine: int, request: Request, path: tuple[int, ...]) -> Request:
-        q = self.queues[engine]
+    def _start(self, engine: int, waiting: deque[tuple[Request, tuple[int, ...]]], at: int) -> tuple[int, Request]:
+        q, (request, path) = self.queues[engine], waiting[at]
+        del waiting[at]
         q.running[request.id] = Started(request, path, q.steps)
         self._where[request.id] = engine
-        return request
+        return engine, request
 
     def _fits(self, q: Queue, request: Request, path: tuple[int, ...], version: int) -> bool:
         if request.policy_version is not None and request.policy_version > version:
@@ -154,10 +152,7 @@ class Dispatcher:
             return False
         if not self.bounded or self.cache_tokens is None or not q.running:
             return True
-        rest = [s.request for s in q.running.values()] + [request]
-        made = np.array([q.steps - s.at for s in q.running.values()] + [0.0])
-        limit = np.array([r.sampling.max_new_tokens for r in rest]) - made
-        alive = self.lengths.survival([r.problem for r in rest], made, AHEAD)
+        made, limit, alive = self._outlook(q, request)
         nodes = set(path).union(*(s.path for s in q.running.values()))
         prompts = sum(self._node_tokens[k] for k in nodes)
         return prompts + peak_tokens(alive, made + self.BLOCK, limit) <= self.cache_tokens
@@ -166,11 +161,16 @@ class Dispatcher:
         """Tokens that each running response is expected to make yet."""
         if not q.running:
             return []
-        made = np.array([float(q.steps - s.at) for s in q.running.values()])
-        limit = np.array([s.request.sampling.max_new_tokens for s in q.running.values()]) - made
-        alive = self.lengths.survival([s.request.problem for s in q.running.values()], made, AHEAD)
+        _, limit, alive = self._outlook(q)
         gaps = np.diff(np.minimum(AHEAD, limit[:, None]), prepend=0.0, axis=1)
         return (alive * gaps).sum(1).tolist()
+
+    def _outlook(self, q: Queue, *new: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of what runs and of `new`: tokens made [n], tokens yet to come at most [n], and their chances [n, AHEAD]."""
+        requests = [*(s.request for s in q.running.values()), *new]
+        made = np.array([float(q.steps - s.at) for s in q.running.values()] + [0.0] * len(new))
+        limit = np.array([r.sampling.max_new_tokens for r in requests]) - made
+        return made, limit, self.lengths.survival([r.problem for r in requests], made, AHEAD)
 
 
 def _last(waiting: deque[tuple[Request, tuple[int, ...]]]) -> int:
