@@ -19,7 +19,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from fst_fast.config import MODES, PRESETS, Config, check, check_installed, from_dict, preset
-from fst_fast.errors import EngineError, UserError
+from fst_fast.errors import EngineError, UserError, quoted
 from fst_fast.files import DISK_FULL
 from fst_fast.launch import QUIET, record, say
 from fst_fast.plan import PlanOptions
@@ -50,7 +50,8 @@ class TrainCommand:
     a task and eight GPUs: qwen3-8b-codeio, qwen3-8b-hover, qwen3-8b-math. Empty = glyph while no model.path is given,
     else paper."""
     config_file: str = ""
-    """TOML file with any of the fields below, e.g. the config.toml of another run; flags override it."""
+    """TOML file with any of the fields below, e.g. the config.toml of another run, but for its run_dir; flags override
+    it."""
     resume: str = ""
     """Run directory to continue exactly where its last checkpoint stands; of the other flags only --ranks goes with
     it."""
@@ -87,7 +88,8 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
             )
         return TrainCommand(resume=known.resume, ranks=known.ranks)
     data = read_toml(known.config_file) if known.config_file else {}
-    data.pop("run_dir", None)  # of the run whose config.toml it is
+    if _is_dir_of(data.get("run_dir"), known.config_file):  # it is that run's config.toml
+        del data["run_dir"]
     mode = known.mode or data.get("mode", "fst")
     if mode not in MODES:
         source = "" if known.mode else f"{known.config_file}: "
@@ -100,10 +102,12 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         raise UserError(f"preset = {name!r}: must be one of {', '.join(PRESETS)}")
     default = preset(name, mode)
     plan = PlanOptions()
-    if name.startswith("qwen3-8b") and not path:
+    if name != "glyph" and not path:
+        trained = "a model of your own" if name == "paper" else "a Qwen3-8B"
         if not planning:
-            raise UserError(f"model.path: the preset {name} trains a Qwen3-8B; give the folder that it is in")
-        plan = PlanOptions(model="qwen3-8b")
+            raise UserError(f"model.path: the preset {name} trains {trained}; give the folder that it is in")
+        if name != "paper":
+            plan = PlanOptions(model="qwen3-8b", gpu="h100", gpus=8)
     if data:
         default = from_dict(data, default, source=known.config_file)
     command = TrainCommand(preset=name, config_file=known.config_file, config=default)
@@ -118,9 +122,13 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     )
 
 
+def _is_dir_of(run_dir: object, file: str) -> bool:
+    return isinstance(run_dir, str) and Path(run_dir).resolve() == Path(file).resolve().parent
+
+
 def _rank_count(word: str) -> int:
     if not (word.isdecimal() and len(word) < 5):
-        raise UserError(f"ranks = {word!r:.40}: must be a number of processes, 0 to 9999")
+        raise UserError(f"ranks = {quoted(word, 40)}: must be a number of processes, 0 to 9999")
     return int(word)
 
 
@@ -160,10 +168,10 @@ def read_toml(path: str | Path) -> dict[str, object]:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run a command: 2 and one sentence on what the user can mend, 130 when interrupted. Other errors propagate, that
-    of a dead engine with its traceback and a sentence."""
+    """Run a command: 2 and one sentence on what the user can mend, 130 when interrupted, with what the exception
+    says of going on. Other errors propagate, that of a dead engine with its traceback and a sentence."""
     threading.excepthook = _thread_error
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    if {"-h", "--help", "--plan"} & set(sys.argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head`
     try:
         main(sys.argv[1:])
@@ -206,7 +214,7 @@ def _verdict(error: BaseException) -> tuple[str, int]:
         case EngineError():
             return f"error: {error}; --resume continues from the last checkpoint", 1
         case KeyboardInterrupt():
-            return "interrupted; --resume continues from the last checkpoint", 130
+            return "; ".join(["interrupted", *map(str, error.args)]), 130
     return "", 1
 
 

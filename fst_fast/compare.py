@@ -44,7 +44,8 @@ IMPORTED_ONCE += ["matplotlib.backends.backend_svg", "pydantic"]
 class CompareCommand:
     """Run several modes on the same seeds and the same stream of tasks; ends with a table, a plot and one report.
 
-    Any flag of fst_fast.train can follow and holds for all runs, e.g. --stream, --model.path.
+    Any flag of fst_fast.train can follow and holds for all runs, e.g. --model.path, --stream (glyph:A@100,glyph:B@60
+    where there is neither of these, nor a --config-file).
     """
 
     modes: str = "rl,gepa,fst"
@@ -122,8 +123,13 @@ def plan(command: CompareCommand, flags: Sequence[str]) -> list[Job]:
     """One job per arm and seed; every command line is checked before any run starts."""
     if command.jobs < 0:
         raise UserError(f"jobs = {command.jobs}: must be 0 or more")
+    for word in (*flags, *command.modes.split()):
+        if word.partition("=")[0] == "--seed":
+            raise UserError(f"{word}: a comparison has --seeds, for all of its arms")
     jobs = []
     for seed in command.seeds.split(","):
+        if not seed.strip().isdecimal():
+            raise UserError(f"seeds = {command.seeds!r}: must be whole numbers, comma-separated")
         for arm in command.modes.split(","):
             try:
                 words = shlex.split(arm)
@@ -181,6 +187,8 @@ def work(jobs: Sequence[Job], parallel: int) -> None:
                 for job in running:
                     follow(job, progress, console)
                 time.sleep(0.2)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on where it stopped") from None
         finally:
             signal.signal(signal.SIGTERM, before)
             for job in jobs:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 from fst_fast.tasks.jsonl import JsonlOptions
 from fst_fast.tasks.published import PublishedOptions
 
@@ -263,7 +263,7 @@ def stages(stream: str) -> list[Stage]:
         task, _, steps = part.strip().rpartition("@")
         if not (task and steps.isdecimal() and len(steps) < 10 and int(steps) > 0):
             raise UserError(
-                f"stream: {part.strip()!r:.200} is not TASK@STEPS with 1 to 10^9 - 1 steps, e.g. glyph:A@60"
+                f"stream: {quoted(part.strip(), 200)} is not TASK@STEPS with 1 to 10^9 - 1 steps, e.g. glyph:A@60"
             )
         out.append(Stage(len(out), task, out[-1].end if out else 0, int(steps)))
     return out
@@ -361,17 +361,29 @@ def check(config: Config) -> None:
     stages(config.stream)
 
 
+def without_effect(config: Config) -> list[str]:
+    """Sections of settings that were changed and that no task of the run reads."""
+    readers = {"jsonl": ("jsonl",), "data": ("codeio", "math", "hover", "physics")}
+    tasks, default = f"{config.stream},{config.eval.ood}", Config()
+    return [
+        section
+        for section, names in readers.items()
+        if getattr(config, section) != getattr(default, section)
+        and not any(f"{name}{end}:" in tasks for name in names for end in ("", "-ood"))
+    ]
+
+
 def check_installed(config: Config) -> None:
     """Reject what this machine has not installed. Raises UserError."""
     if config.wandb and not find_spec("wandb"):
-        raise UserError("wandb = True: it is not installed; pip install 'fst-fast[wandb]', or leave it out")
+        raise UserError("wandb = True: it is not installed; pip install -e '.[wandb]', or leave it out")
     if config.slow.lora_rank and not find_spec("peft"):
         raise UserError(
-            f"slow.lora_rank = {config.slow.lora_rank}: peft is not installed; pip install 'fst-fast[lora]', or use 0"
+            f"slow.lora_rank = {config.slow.lora_rank}: peft is not installed; pip install -e '.[lora]', or use 0"
         )
     if config.rollout.engine == "vllm" and not find_spec("vllm"):
         raise UserError(
-            "rollout.engine: vllm is not installed; pip install 'fst-fast[vllm]' on a GPU machine, or use torch"
+            "rollout.engine: vllm is not installed; pip install -e '.[vllm]' on a GPU machine, or use torch"
         )
 
 

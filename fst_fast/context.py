@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fst_fast.config import Config
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 from fst_fast.evaluate import retention_asks
 from fst_fast.fast.reflection import ReflectionRequest
 from fst_fast.fast.template import instruction
@@ -64,6 +64,6 @@ def check_room(model: Model, task: Task, prompts: Sequence[Prompt], longest: Pro
             do = f"use {fitting} or less" if fitting > 0 else "pose shorter problems"
             raise UserError(
                 f"rollout.max_new_tokens = {max_new_tokens}: problem {ask.problem.id} under the prompt "
-                f"{ask.prompt.text!r:.60} and an answer of that length exceed the model's context of "
+                f"{quoted(ask.prompt.text, 60)} and an answer of that length exceed the model's context of "
                 f"{model.context} tokens by {-left}; {do}, or a model with a longer context"
             )

@@ -7,3 +7,9 @@ class UserError(ValueError):
 
 class EngineError(RuntimeError):
     """A rollout engine died, hangs, or gives what cannot be trained on. Exit code 1; the last checkpoint is good."""
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """`repr(value)` for a sentence, in at most `limit` characters: what is left out is an ellipsis before the end."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 2]}…{text[-1]}"

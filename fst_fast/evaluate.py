@@ -173,6 +173,19 @@ class EvaluateCommand:
     """k of mean@k."""
 
 
+LABELS = {
+    "reward": "reward under the best prompt",
+    "reward_mean_prompt": "mean reward over the population",
+    "reward_per_slice": "reward, each slice under its own best prompt",
+    "reward_seed": "reward under the seed prompt",
+    "reward_none": "reward without a system prompt",
+    "retention": "other instructions followed",
+    "kl": "KL to the base model",
+    "entropy": "entropy of a token",
+    "truncated": "responses that were cut off",
+}
+
+
 def main(argv: Sequence[str]) -> None:
     from fst_fast.context import check_room, longest_problem
     from fst_fast.train import Trainer  # the loop imports this file
@@ -203,9 +216,9 @@ def main(argv: Sequence[str]) -> None:
     for column in ("what", "value"):
         table.add_column(column)
     texts = {p.id: p.text for p in prompts}
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            table.add_row(Text(name), Text(f"{value:.3f}"))
+    for name, what in LABELS.items():
+        if name in metrics:
+            table.add_row(Text(what), Text(f"{metrics[name]:.3f}"))
     for name, part in metrics.get("by_task", {}).items():
         table.add_row(Text(f"reward on {name}"), Text(f"{part['reward']:.3f}"))
     for prompt, reward in metrics["reward_by_prompt"].items():

@@ -25,6 +25,7 @@ Record = dict[str, Any]
 SPENT = {"steps": "step", "rollouts": "rollouts", "tokens": "tokens"}  # and their key in a record
 # Of a record's times: no sums.
 RATES = ("tokens_per_second", "gpu_tokens_per_second", "mfu", "step_mfu", "watts", "utilisation", "memory")
+MANY_CUT = 0.1  # a part of an evaluation's responses that is told at a run's end
 SUMS = ("seconds", "gpu_hours", "gpu_dollars", "joules")  # the others are seconds of phases
 
 
@@ -187,6 +188,7 @@ def _line(record: Mapping[str, Any], total: int, prompt: str) -> str:
     if record["kind"] == "eval":
         parts += [f"held-out reward {record['reward']:.3f}"]
         parts += [f"{label} {record[key]:.3f}" for key, label in _EVAL_NUMBERS if key in record]
+        parts += [f"{record['truncated']:.0%} cut off"] if record.get("truncated") else []
         parts += [f"{record['rollouts']:,} rollouts"]
     else:
         parts += [
@@ -331,6 +333,13 @@ def read_run(run_dir: Path | str) -> Run:
         notes.append(
             f"In {still} of {len(trained)} steps no group had differing rewards: the weights did not move in those."
         )
+    cut = next((r["truncated"] for r in reversed(kinds["eval"]) if "truncated" in r), 0.0)
+    if cut > MANY_CUT:
+        limit = config.get("rollout", {}).get("max_new_tokens", "?")
+        notes.append(
+            f"{cut:.0%} of the last evaluation's responses were cut off at rollout.max_new_tokens = {limit}, "
+            "and scored as they stood: what they would have come to is not known."
+        )
     return Run(run_dir, config, kinds["step"], kinds["eval"], kinds["evolve"], end, tuple(notes), kinds["lost"])
 
 
@@ -367,10 +376,7 @@ def print_summary(run_dir: Path | str, console: Console | None = None) -> None:
 
     console = console or Console()
     run = read_run(run_dir)
-    reached = run.levels()
-    levels = sorted({r["level"] for r in reached})
     columns = ["stage", "reward", "seed prompt", "KL to base", "steps"]
-    columns += [f"to reach {level:g}" for level in levels]
     table = Table(title=Text(f"{run.mode}, seed {run.seed}: held-out results at the end of each stage"))
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
@@ -379,15 +385,13 @@ def print_summary(run_dir: Path | str, console: Console | None = None) -> None:
         first, end = run.spans[stage]
         row = [f"{stage + 1} {plain(task, 40)}"]
         row += [number(last.get(key)) for key in ("reward", "reward_seed", "kl")] + [str(end - first)]
-        for level in levels:
-            hits = [r for r in reached if r["stage"] == stage and r["level"] == level and r["steps"] is not None]
-            row += ["\n".join(f"{count(r[key])} {key}" for key in SPENT) for r in hits] or ["not reached"]
         table.add_row(*map(Text, row))
         for part, values in last.get("by_task", {}).items():
             numbers = [number(values.get(key)) for key in ("reward", "reward_seed", "kl")]
             table.add_row(*map(Text, [f"  of it {plain(part, 40)}", *numbers]))
     console.print(table)
     lines = [
+        *(f"reward {r['level']:g} on stage {r['stage'] + 1}: {_spent(r)}" for r in run.levels()),
         f"{run.total('rollouts'):,} rollouts, {run.total('gepa_rollouts'):,} of them by GEPA; "
         f"{run.total('tokens'):,} tokens, {run.total('gepa_tokens'):,} of them by GEPA",
         f"reflection: {run.reflection('calls'):,.0f} calls, ${run.reflection('dollars'):.2f}, "
@@ -399,6 +403,10 @@ def print_summary(run_dir: Path | str, console: Console | None = None) -> None:
     lines += [f"report: {report}"] if report.is_file() else []
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _spent(reached: Record) -> str:
+    return ", ".join(f"{count(reached[key])} {key}" for key in SPENT) if reached["steps"] is not None else "not reached"
 
 
 def cost_facts(run: Run) -> list[tuple[str, str]]:

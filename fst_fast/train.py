@@ -8,16 +8,18 @@ runs this loop: what is sampled and learned is shared out below it, and rank 0 a
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from fst_fast import checkpoint
 from fst_fast.cli import PlanCommand, parse_train, read_config, run
-from fst_fast.config import Config, check, stages
+from fst_fast.config import Config, check, stages, without_effect
 from fst_fast.launch import launch, workers
 from fst_fast.model import model_folder
 from fst_fast.plan import lines as plan_lines
@@ -38,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
         config = read_config(run_dir)
     else:
         config = command.config
+        for section in without_effect(config):
+            warnings.warn(f"the flags --{section}.* have no effect: no task of the stream reads them", stacklevel=1)
         run_dir = Path(config.run_dir or f"runs/{config.mode}-{datetime.now():%Y%m%d-%H%M%S}")
     if count := workers(command.ranks, config):
         check_all(config, run_dir, resume=bool(command.resume))
@@ -64,7 +68,7 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks |
     """One run from its configuration (or its last checkpoint) to its report."""
     ranks = ranks or Ranks()
     trainer = Trainer(config, run_dir, ranks)  # bad input is refused here, before anything is written
-    with checkpoint.locked(run_dir) if ranks.main else nullcontext():
+    with resumable(run_dir), checkpoint.locked(run_dir) if ranks.main else nullcontext():
         with trainer.open(resume=resume):
             for stage in trainer.stages:
                 trainer.enter(stage)
@@ -83,6 +87,18 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks |
         if ranks.main:
             write_report([run_dir], run_dir / "report.html")
             print_summary(run_dir)
+
+
+@contextmanager
+def resumable(run_dir: Path) -> Iterator[None]:
+    """An interrupt inside says how the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (run_dir / "config.toml").is_file():
+            raise
+        command = f"python -m fst_fast.train --resume {shlex.quote(str(run_dir))}"
+        raise KeyboardInterrupt(f"{command} continues from the last checkpoint") from None
 
 
 if __name__ == "__main__":

@@ -175,8 +175,7 @@ class Trainer:
             start = self.state.reused.start
             self.store.scored = self.ranks.first(lambda: self.store.read_back(problems, start=start))
         self.serve(self.store)
-        if resume:
-            self.telemetry.log(f"resumed {run_dir} at step {self.state.step}")
+        self.telemetry.log(f"resumed {run_dir} at step {step}" if resume else f"run directory: {run_dir}")
         self.meter.start(self.model.device, config.price_per_gpu_hour, self.telemetry.log, self.ranks)
         parts = ExitStack()
         parts.enter_context(self.telemetry)

@@ -112,6 +112,7 @@ def test_a_flag_that_does_not_exist_or_cannot_be_read(argv: list[str], words: li
     [
         ({"mode": "rll"}, ["mode = 'rll'", "rl-then-gepa"]),
         ({"preset": "nope"}, ["preset = 'nope'", "glyph"]),
+        ({"preset": "paper"}, ["model.path: the preset paper", "folder"]),
         ({"rollout.problems": 0}, ["rollout.problems = 0", "greater than or equal to 1"]),
         ({"rollout.problems": -3}, ["rollout.problems = -3"]),
         ({"rollout.problems": 10**30}, ["rollout.problems = 1000"]),
@@ -170,7 +171,7 @@ def test_a_value_that_cannot_work(settings: dict[str, object], words: list[str],
 def test_an_engine_that_is_not_installed(refuse: Refusals, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     said = refuse.train(*flags(SMALL), "--rollout.engine", "vllm")
-    assert "rollout.engine: vllm is not installed; pip install 'fst-fast[vllm]' on a GPU machine, or use torch" in said
+    assert "rollout.engine: vllm is not installed; pip install -e '.[vllm]' on a GPU machine, or use torch" in said
 
 
 @pytest.mark.parametrize(
@@ -416,7 +417,10 @@ def test_a_report_that_cannot_be_written(finished: Path, refuse: Refusals) -> No
         (["--modes", "fst,fst"], ["named twice"]),
         (["--modes", "fst '--seed"], ["modes", "quotation"]),
         (["--seeds", "0,0"], ["named twice"]),
-        (["--seeds", "-5"], ["seed = -5"]),
+        (["--seeds", "-5"], ["seeds = '-5'", "whole numbers"]),
+        (["--seeds", "0,a"], ["seeds = '0,a'", "whole numbers"]),
+        (["--seed", "3"], ["--seed: ", "--seeds"]),
+        (["--modes", "rl --seed=3"], ["--seed=3: ", "--seeds"]),
         (["--jobs", "-1"], ["jobs = -1"]),
         (["--rollout.problems", "0"], ["rollout.problems = 0"]),
         (["--out", "{file}"], ["out: ", "cannot be written"]),

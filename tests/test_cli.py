@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fst_fast.cli import PlanCommand, config_from, parse_train
-from fst_fast.config import PRESETS
+from fst_fast.config import PRESETS, without_effect
 from fst_fast.errors import UserError
 from fst_fast.plan import lines as plan_lines
 
@@ -29,21 +29,35 @@ def test_a_preset_of_qwen3_8b_needs_its_folder_and_is_planned_without(name: str)
     config = parse_train(["--preset", name, "--model.path", "somewhere", "--mode", "rl"]).config
     assert (config.mode, config.fast.every, config.slow.recompute, config.model.dtype) == ("rl", 6, "full", "bfloat16")
     assert config.stream.startswith(name.removeprefix("qwen3-8b-") + ":")
-    command = parse_train(["--plan", "--preset", name, "--plan.gpu", "h100", "--plan.gpus", "8"])
+    command = parse_train(["--plan", "--preset", name])
     assert isinstance(command, PlanCommand)
-    assert any("fits in 79.2" in line for line in plan_lines(command.config, command.plan))
+    lines = list(plan_lines(command.config, command.plan))
+    assert lines[0].endswith(" on 8 x h100")
+    assert any("fits in 79.2" in line for line in lines)
 
 
 def test_flags_are_read_alike_in_every_spelling(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
-    file.write_text('mode = "rl"\nseed = 7\nrun_dir = "old"\n[slow]\nlr = 0.1\n')
+    text = 'mode = "rl"\nseed = 7\nrun_dir = "{}"\n[slow]\nlr = 0.1\n'
+    file.write_text(text.format(tmp_path))
     for words in (["--config-file", str(file)], ["--config_file", str(file)], [f"--config-file={file}"]):
         config = config_from(words)
         assert (config.mode, config.seed, config.slow.lr) == ("rl", 7, 0.1)
         assert config.run_dir == ""  # the other run's
+    file.write_text(text.format(tmp_path / "mine"))
+    assert config_from(["--config-file", str(file)]).run_dir == str(tmp_path / "mine")
     assert config_from(["--config-file", str(file), "--seed", "8"]).seed == 8
     for words in (["--reflector", "policy"], ["--reflector=policy"], ["--fast.reflector", "policy"]):
         assert config_from(words).fast.reflector == "policy"
+
+
+def test_settings_that_no_task_reads_are_named() -> None:
+    changed = ["--jsonl.verifier", "regex", "--data.prompt", "agnostic"]
+    assert without_effect(config_from(changed)) == ["jsonl", "data"]
+    assert without_effect(config_from([*changed, "--stream", "glyph:A+jsonl:file@3"])) == ["data"]
+    assert without_effect(config_from([*changed, "--stream", "hover:x@3", "--eval.ood", "jsonl:file"])) == []
+    assert without_effect(config_from(["--eval.ood", "math-ood:x", *changed[2:]])) == []
+    assert without_effect(config_from([])) == []
 
 
 def test_help_is_running_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

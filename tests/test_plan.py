@@ -218,6 +218,30 @@ def test_what_cannot_be_is_refused_in_a_sentence_that_names_the_field(flags: lis
     assert "\n" not in str(error.value)
 
 
+def test_what_does_not_fit_this_machine_is_not_said_of_gpus() -> None:
+    with pytest.raises(UserError) as error:
+        main(["--plan", "--plan.model", "qwen3-8b", "--plan.gpu", "cpu"])
+    assert "GPUs of" not in str(error.value)
+    assert "this machine's CPU" in str(error.value)
+    assert "--plan.gpu h100 --plan.gpus 8" in str(error.value)
+
+
+def test_a_small_model_is_not_compared_with_the_papers_and_only_cheaper_ways_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["--plan", "--preset", "qwen3-8b-math", "--plan.response-tokens", "2000"]
+    small = planned([*argv, "--plan.model", "qwen3-1.7b", "--plan.gpu", "h100"], capsys)
+    assert "the paper" not in small
+    assert "GPU-hours: 1 GPU x" in small
+    for gpus in ("8", "16"):
+        lines = planned([*argv, "--plan.gpus", gpus], capsys).splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("GPU-hours"))
+        hours = float(lines[start].split(" = ")[1].split(";")[0])
+        others = [float(line.rsplit(": ")[1]) for line in lines[start + 1 :] if line.startswith("  with --")]
+        assert others
+        assert max(others) < hours
+
+
 def test_a_plan_with_a_run_to_resume_or_a_broken_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--resume takes a run directory and no other flag"):
         main(["--plan", "--resume", str(tmp_path)])
@@ -399,7 +423,7 @@ def test_the_plan_says_what_is_not_measured_and_shows_its_arithmetic(capsys: pyt
     assert total == pytest.approx(8 * seconds / 3600, abs=0.06)
     assert cost == pytest.approx(2 * 8 * seconds / 3600, abs=0.02)
     assert "(NOT measured)" in hours
-    assert any(line.startswith("the paper: 25 to 40 GPU-hours") and "goal of 10" in line for line in lines)
+    assert any(line.startswith("the paper's runs of this model: 25 to 40 GPU-hours") for line in lines)
     rates = lines[next(i for i, line in enumerate(lines) if line.startswith("rates of h100")) + 1 :]
     assert all("measured" in line or "data sheet" in line for line in rates if line)
     assert "200 steps" in shown

@@ -206,7 +206,7 @@ def test_the_files_are_whole_when_the_loop_raises(tmp_path: Path) -> None:
 
 def test_wandb_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"fst-fast\[wandb\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[wandb\]'"):
         check_installed(replace(CONFIG, wandb=True))
 
 
@@ -270,10 +270,27 @@ def test_the_summary_says_what_was_reached_and_spent_and_where_the_report_is(tmp
     out = console()
     print_summary(tmp_path, out)
     shown = " ".join(text_of(out).split())
-    for wanted in ("fst, seed 3", "0.700", "20 steps", "2,560", "not reached", "5,620 rollouts, 500 of them by GEPA",
+    for wanted in ("fst, seed 3", "0.700", "reward 0.9 on stage 1: 20 steps, 2,560 rollouts, 20k tokens",
+                   "reward 0.9 on stage 2: not reached", "5,620 rollouts, 500 of them by GEPA",
                    "8 calls, $0.25, 1 failures", f"report: {tmp_path / 'report.html'}"):  # fmt: skip
         assert wanted in shown
     assert "not ended" not in shown
+
+
+def test_responses_that_were_cut_off_are_told_of(tmp_path: Path) -> None:
+    """The reward alone does not show that --rollout.max-new-tokens is too small."""
+    out = console()
+    with Telemetry(tmp_path, CONFIG, 10, console=out) as telemetry:
+        telemetry.write(evaluation(0, truncated=0.0))
+        telemetry.write(evaluation(10, truncated=0.89))
+    first, second = text_of(out).splitlines()
+    assert "cut off" not in first
+    assert "89% cut off" in second
+    config = "[rollout]\nmax_new_tokens = 32\n"
+    cut = read_run(write_run(tmp_path / "cut", [evaluation(0, truncated=0.0), evaluation(10, truncated=0.89)], config))
+    assert any("89% of the last evaluation's responses" in n and "max_new_tokens = 32" in n for n in cut.notes)
+    grown = read_run(write_run(tmp_path / "grown", [evaluation(0, truncated=0.89), evaluation(10, truncated=0.1)]))
+    assert not any("cut off" in note for note in grown.notes)
 
 
 def test_a_run_that_was_killed_is_read_as_far_as_it_got(tmp_path: Path) -> None:

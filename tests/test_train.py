@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fst_fast import cli
 from fst_fast.config import Config, EvalConfig, FastConfig, RolloutConfig, preset
 from fst_fast.errors import UserError
 from fst_fast.tasks.jsonl import JsonlOptions
 from fst_fast.train import main, train
+from fst_fast.trainer import Trainer
 from tests.models import FAMILIES, save_tiny
 
 
@@ -96,6 +99,27 @@ def test_any_causal_lm_folder_and_any_jsonl_file_run_on_day_one(family: str, tmp
         used += [r for r in rollouts if r["purpose"] == "rl" and r["step"] == step["step"] - 1]
         assert len(used) == 16
         assert step["truncated"] == sum(r["finish_reason"] == "length" for r in used) / 16 > 0
+
+
+def test_interrupted_a_run_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "my run"
+    argv = ["train", "--run-dir", str(run), "--stream", "glyph:A@1", "--mode", "rl", "--eval.problems", "2"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--progress", "False", "--tensorboard", "False"])
+    for when, said in (
+        ("__init__", ""),  # no run directory yet
+        ("learn", f"; python -m fst_fast.train --resume '{run}' continues from the last checkpoint"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, when, interrupted)
+            with pytest.raises(SystemExit, match="130"):
+                cli.run(main)
+        assert capsys.readouterr().err == f"interrupted{said}\n"
+        assert run.exists() == (when == "learn")
 
 
 def test_published_tasks_run_as_one_unlabelled_stream_from_one_agnostic_prompt(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
 from fst_fast.tasks.datasets import records
 from fst_fast.tasks.json_answer import NotJson, difference, last_object, shown
@@ -141,7 +141,7 @@ def _rows(source: str, programs: int) -> list[dict[str, Any]]:
             )
         ios = field(row, "ios", list, where)  # published without, where they were too large
         if not all(isinstance(io, dict) and {"input", "output"} <= io.keys() for io in ios):
-            raise UserError(f"{where}: field 'ios' is {ios!r:.80}; it must list objects with 'input' and 'output'.")
+            raise UserError(f"{where}: field 'ios' is {quoted(ios)}; it must list objects with 'input' and 'output'.")
         names = ("problem_description", "io_requirements", "refcode", "funcname")
         texts = {name: field(row, name, str, where) for name in names}
         if ios := [{k: io[k] for k in ("input", "output")} for io in ios if isinstance(io["input"], dict)]:

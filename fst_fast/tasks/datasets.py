@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 
 Row = dict[str, Any]  # one JSON object
 FORMS = "a .jsonl, .json or .parquet file, a folder of them, or the id of a Hugging Face dataset (ORG/NAME[:CONFIG])"
@@ -101,7 +101,7 @@ def _need(module: str, source: str) -> None:
     from importlib.util import find_spec
 
     if not find_spec(module):
-        raise UserError(f"{source}: needs the library {module}; pip install 'fst-fast[data]', or give a .jsonl file.")
+        raise UserError(f"{source}: needs the library {module}; pip install -e '.[data]', or give a .jsonl file.")
 
 
 def _objects(rows: Any, source: str) -> Iterator[Row]:
@@ -122,7 +122,7 @@ def _parse(line: bytes, where: str) -> Row:
 def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(
-            f"{where}: {row!r:.80} is a {type(row).__name__}, not an object; "
+            f"{where}: {quoted(row)} is a {type(row).__name__}, not an object; "
             'write it as {"problem": ..., "answer": ...}.'
         )
     return row

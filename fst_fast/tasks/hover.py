@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
 from fst_fast.tasks.datasets import records
 from fst_fast.tasks.published import LONGEST, PublishedOptions, PublishedTask, field
@@ -126,7 +126,7 @@ class Articles:
         except sqlite3.Error as e:
             raise UserError(f"data.wiki: {self._path} is not HoVer's wiki_wo_links.db ({e}).") from None
         if not found:
-            raise UserError(f"data.wiki: {self._path} has no article {title!r:.80}.")
+            raise UserError(f"data.wiki: {self._path} has no article {quoted(title)}.")
         return str(found[0])[:LONGEST_ARTICLE].strip()
 
 
@@ -145,12 +145,12 @@ def _row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(label, int) and label in (0, 1):
         label = LABELS[label]
     if label not in LABELS:
-        raise UserError(f"{where}: field 'label' is {label!r:.80}; it must be SUPPORTED or NOT_SUPPORTED.")
+        raise UserError(f"{where}: field 'label' is {quoted(label)}; it must be SUPPORTED or NOT_SUPPORTED.")
     titles = []
     for fact in read("supporting_facts", list):
         title = fact.get("key") if isinstance(fact, dict) else fact[0] if isinstance(fact, list | tuple) and fact else 0
         if not isinstance(title, str):
-            raise UserError(f"{where}: field 'supporting_facts' holds {fact!r:.80}, not [title, sentence].")
+            raise UserError(f"{where}: field 'supporting_facts' holds {quoted(fact)}, not [title, sentence].")
         titles.append(title)
     return {
         "uid": read("uid", str),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
 from fst_fast.tasks.datasets import json_lines
@@ -80,7 +80,7 @@ class JsonlTask:
             where = f"{path}, line {number}"
             text = _field(row, self._options.problem_field, "jsonl.problem_field", where)
             if not isinstance(text, str) or not text.strip():
-                raise UserError(f"{where}: field '{self._options.problem_field}' is {text!r:.80}; it must be a text.")
+                raise UserError(f"{where}: field '{self._options.problem_field}' is {quoted(text)}; it must be a text.")
             try:
                 self._verify.check(row)
             except UserError as e:
@@ -103,7 +103,7 @@ class JsonlTask:
         for p in self.validation:
             if self._text(p) in train:
                 raise UserError(
-                    f"{self._options.validation_path}: the problem {self._text(p)!r:.80} is in {path} too; "
+                    f"{self._options.validation_path}: the problem {quoted(self._text(p))} is in {path} too; "
                     "remove it from one of them."
                 )
 
@@ -120,5 +120,5 @@ def _label(row: Mapping[str, Any], name: str, option: str, where: str) -> str:
         return ""
     value = _field(row, name, option, where)
     if not isinstance(value, str | int) or value == "":
-        raise UserError(f"{where}: field '{name}' is {value!r:.80}; it must be a text or a whole number.")
+        raise UserError(f"{where}: field '{name}' is {quoted(value)}; it must be a text or a whole number.")
     return str(value)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
 from fst_fast.tasks.datasets import records
 from fst_fast.tasks.math import LONGEST_ANSWER
@@ -172,14 +172,14 @@ def _answers(row: Mapping[str, Any], where: str) -> tuple[tuple[str, str, str], 
     listed = KINDS.match(field(row, "answer_type", str, where))
     if not listed:
         raise UserError(
-            f"{where}: field 'answer_type' is {row['answer_type']!r:.80}; it must be of {', '.join(TYPES)}."
+            f"{where}: field 'answer_type' is {quoted(row['answer_type'])}; it must be of {', '.join(TYPES)}."
         )
     text = field(row, "answers", str, where)
     kinds, content = re.findall("[A-Z]+", listed[1]), boxed(text)
     content = text.strip() if content is None else content
     unit = row.get("unit")
     if unit is not None and not isinstance(unit, str):
-        raise UserError(f"{where}: field 'unit' is {unit!r:.80}; it must be a text or null.")
+        raise UserError(f"{where}: field 'unit' is {quoted(unit)}; it must be a text or null.")
     texts = _split(content) if len(kinds) > 1 else [content]
     units = [_no_none(part) for part in (unit or "").split(",")]
     if len(texts) != len(kinds):  # what cannot be told apart is compared as a whole

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
 from fst_fast.tasks.split import hold_out, mixed
@@ -84,7 +84,9 @@ def field(row: Mapping[str, Any], name: str, kind: type[Any], where: str) -> Any
         raise UserError(f"{where}: there is no field '{name}', only {sorted(map(str, row))!s:.200}.")
     value = row[name]
     if not isinstance(value, kind) or (kind is str and not value.strip()):
-        raise UserError(f"{where}: field '{name}' is {value!r:.80}; it must be of type {kind.__name__}, and not empty.")
+        raise UserError(
+            f"{where}: field '{name}' is {quoted(value)}; it must be of type {kind.__name__}, and not empty."
+        )
     return value
 
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 from fst_fast.records import Verdict
 from fst_fast.tasks.math_check import MathChecker
 
@@ -66,7 +66,7 @@ class Exact:
             )
         value = row[self.answer_field]
         if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value).strip():
-            raise UserError(f"field '{self.answer_field}' is {value!r:.80}; it must be a text or a number.")
+            raise UserError(f"field '{self.answer_field}' is {quoted(value)}; it must be a text or a number.")
 
     def answer(self, row: Row) -> str:
         return str(row[self.answer_field]).strip()
@@ -91,7 +91,10 @@ class Numeric(Exact):
         super().check(row)
         text = self.answer(row)
         if not self.NUMBER.fullmatch(text) or not math.isfinite(_number(text)):
-            raise UserError(f"field '{self.answer_field}' is {text!r:.80}; the verifier numeric needs a finite number.")
+            raise UserError(
+                f"field '{self.answer_field}' is {quoted(text)}; the verifier numeric needs a finite number "
+                "and nothing else (regex or python:MODULE:FUNCTION reads other answers)."
+            )
 
     def __call__(self, row: Row, response: str) -> Verdict:
         expected = self.answer(row)
@@ -113,7 +116,7 @@ class Regex(Exact):
             re.compile(self.answer(row))
         except (re.error, OverflowError, RecursionError) as e:
             raise UserError(
-                f"field '{self.answer_field}' is no regular expression ({e}): {self.answer(row)!r:.80}."
+                f"field '{self.answer_field}' is no regular expression ({e}): {quoted(self.answer(row))}."
             ) from None
 
     def __call__(self, row: Row, response: str) -> Verdict:
@@ -133,7 +136,9 @@ class Math(Exact):
         expected = self.answer(row)
         outcome = self.checker.check(expected, response)
         if outcome == "no answer":
-            raise UserError(f"field '{self.answer_field}' is {expected!r:.80}; math-verify finds no mathematics in it.")
+            raise UserError(
+                f"field '{self.answer_field}' is {quoted(expected)}; math-verify finds no mathematics in it."
+            )
         feedback = {
             "right": "correct.",
             "wrong": f"the answer {final_answer(response)[:200]!r} is wrong. expected: {expected}",
@@ -160,7 +165,7 @@ class UserFunction:
             where = traceback.extract_tb(e.__traceback__)[:2][-1]  # in the function itself, where it got that far
             raise UserError(
                 f"jsonl.verifier: {self.name} raised {type(e).__name__} ({e}) in {where.filename}, line "
-                f"{where.lineno}, on the problem {dict(row)!r:.300} and the response {response!r:.300}; "
+                f"{where.lineno}, on the problem {quoted(dict(row), 300)} and the response {quoted(response, 300)}; "
                 "mend it, then --resume."
             ) from e
         match result:
@@ -172,7 +177,7 @@ class UserFunction:
                 verdict = Verdict(float(reward), feedback)
             case _:
                 raise UserError(
-                    f"jsonl.verifier: {self.name} returned {result!r:.80}; "
+                    f"jsonl.verifier: {self.name} returned {quoted(result)}; "
                     "it must return a reward from 0 to 1, (reward, feedback) or a Verdict."
                 )
         if not 0 <= verdict.reward <= 1:
