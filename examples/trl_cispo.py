@@ -11,6 +11,7 @@ import resource
 import tempfile
 import time
 import warnings
+from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -207,4 +208,6 @@ def largest(theirs: dict[str, Any], ours: dict[str, Any], key: str) -> float:
 
 
 if __name__ == "__main__":
-    main(Path("runs/trl_cispo.png"))
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/trl_cispo.png"), help="the plot (default: %(default)s)")
+    main(parser.parse_args().out)

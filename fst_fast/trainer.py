@@ -164,6 +164,8 @@ class Trainer:
             self.ranks.first(lambda: write_atomic(run_dir / "config.toml", to_toml(config).encode()))
         offsets = self.restore() if resume else {}
         if self.state.complete:
+            if self.ranks.main:
+                print(f"{run_dir} is complete: nothing is left to do")
             return nullcontext()
         at = offsets.get
         steps, step = self.stages[-1].end, self.state.step
