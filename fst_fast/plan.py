@@ -314,7 +314,7 @@ def _gpus(n: int) -> str:
 def _misfit(target: Target, at: Layout) -> str:
     """Why it does not fit; "" when it does."""
     shape = target.shape
-    where = _gpus(at.gpus) if target.on_gpu else "this machine's CPU (no --plan.gpu is named)"
+    where = _gpus(at.gpus) if target.on_gpu else "this machine's CPU"
     who = f"{shape.name} on {where} of {at.gpu_bytes / GIB:.0f} GiB"
     if at.vllm and (room := kv_room(shape, at)) < 1:
         return (

@@ -23,7 +23,7 @@ from fst_fast.config import Config, check, stages, without_effect
 from fst_fast.launch import launch, workers
 from fst_fast.model import model_folder
 from fst_fast.plan import lines as plan_lines
-from fst_fast.ranks import Ranks, joined
+from fst_fast.ranks import Ranks, joined, launched
 from fst_fast.report import write_report
 from fst_fast.tasks import make_task
 from fst_fast.telemetry import print_summary
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         config = read_config(run_dir)
     else:
         config = command.config
-        for section in without_effect(config):
+        for section in () if launched() else without_effect(config):
             warnings.warn(f"the flags --{section}.* have no effect: no task of the stream reads them", stacklevel=1)
         run_dir = Path(config.run_dir or f"runs/{config.mode}-{datetime.now():%Y%m%d-%H%M%S}")
     if count := workers(command.ranks, config):

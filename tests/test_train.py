@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from fst_fast import cli
+from fst_fast import cli, evaluate
 from fst_fast.config import Config, EvalConfig, FastConfig, RolloutConfig, preset
 from fst_fast.errors import UserError
+from fst_fast.records import Prompt
 from fst_fast.tasks.jsonl import JsonlOptions
 from fst_fast.train import main, train
 from fst_fast.trainer import Trainer
 from tests.models import FAMILIES, save_tiny
+from tests.once import once
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -38,10 +40,14 @@ def small(config: Config, **changes: Any) -> Config:
     )
 
 
-def test_fst_learns_glyph_within_ten_steps_and_writes_all_of_it_down(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps of FST, as they come by default. Not to be changed."""
     config = replace(preset("glyph", "fst"), stream="glyph:A@10", tensorboard=False, progress=False)
-    train(config, run)
+    return once(tmp_path_factory, "train/fst", lambda folder: train(config, folder))
+
+
+def test_fst_learns_glyph_within_ten_steps_and_writes_all_of_it_down(run: Path) -> None:
     metrics = lines(run / "metrics.jsonl")
     evals = [r for r in metrics if r["kind"] == "eval"]
     assert evals[0]["reward"] == 0  # the seed prompt never says the rule
@@ -70,6 +76,24 @@ def test_fst_learns_glyph_within_ten_steps_and_writes_all_of_it_down(tmp_path: P
     assert all(r["parent"] and r["feedback"] for r in accepted)
     assert (run / "report.html").stat().st_size > 10_000
     assert metrics[-1]["kind"] == "end"
+
+
+def test_a_run_is_evaluated_again_under_every_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "rollouts" / "rollouts.jsonl").read_bytes()
+    evaluate.main([str(run), "--problems", "32", "--samples", "1"])
+    *shown, record = capsys.readouterr().out.splitlines()
+    found = json.loads(record)
+    assert (found["step"], found["task"], found["problems"]) == (10, "glyph:A", 32)
+    assert found["reward"] > 0.6
+    assert found["reward_none"] == found["reward_seed"] == 0
+    saved = [r for r in lines(run / "population.jsonl") if r["kind"] == "population"][-1]
+    population = [m["id"] for m in saved["members"][:4]]
+    assert set(found["reward_by_prompt"]) == {*population, Prompt("transform the letters.").id, Prompt("").id}
+    assert found["reward"] == found["reward_by_prompt"][found["best_prompt"]]
+    for name, what in evaluate.LABELS.items():
+        (line,) = (line for line in shown if f" {what} " in line)
+        assert f" {found[name]:.3f} " in line
+    assert (run / "rollouts" / "rollouts.jsonl").read_bytes() == before  # what it sampled is not the run's
 
 
 @pytest.mark.parametrize("family", FAMILIES)
