@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 import traceback
@@ -199,6 +200,15 @@ def _import(name: str) -> Callable[[dict[str, Any], str], Any]:
         ) from e
     if not callable(found):
         raise UserError(f"jsonl.verifier: {name!r} is a {type(found).__name__}, not a function.")
+    try:
+        inspect.signature(found).bind({}, "")
+    except TypeError as e:
+        raise UserError(
+            f"jsonl.verifier: {name!r} cannot be called with a problem's object and a response ({e}); it is "
+            f"{function}{inspect.signature(found)}."
+        ) from None
+    except ValueError:  # one in C may not say what it takes
+        pass
     return found
 
 

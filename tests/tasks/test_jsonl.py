@@ -150,6 +150,7 @@ GOOD = {"problem": "p", "answer": "a"}
         ([GOOD], {"verifier": "python:no_such_module:f"}, "cannot be imported .*No module named 'no_such_module'"),
         ([GOOD], {"verifier": "python:os:no_such_function"}, "cannot be imported .*no_such_function"),
         ([GOOD], {"verifier": "python:os:sep"}, "is a str, not a function"),
+        ([GOOD], {"verifier": "python:os.path:normcase"}, r"cannot be called .*response \(.*; it is normcase\(s\)"),
         ([GOOD], {"verifier": "numeric"}, "line 1: field 'answer' is 'a'; the verifier numeric needs a finite number"),
         ([{"problem": "p", "answer": "1e999"}], {"verifier": "numeric"}, "needs a finite number"),
         (["{\"problem\": \"p\", \"answer\": NaN}"], {"verifier": "numeric"}, "needs a finite number"),
