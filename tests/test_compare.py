@@ -53,6 +53,15 @@ def test_a_run_that_fails_stops_the_comparison_with_its_sentence(tmp_path: Path)
         main(["--modes", "rl", "--out", str(tmp_path), *SMALL])
 
 
+def test_interrupted_a_comparison_says_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fst_fast.compare.start", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on where it stopped"):
+        main(["--modes", "rl", "--out", str(tmp_path), *SMALL])
+
+
 def test_arms_differ_in_mode_or_flags_and_every_seed_has_a_directory(tmp_path: Path) -> None:
     jobs = plan(CompareCommand(modes="rl,fst --fast.population 1", seeds="0,3", out=tmp_path), SMALL)
     assert [(j.config.mode, j.config.fast.population, j.config.seed) for j in jobs] == [
