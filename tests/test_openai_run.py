@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fst_fast.fast import endpoint
+from fst_fast.fast.reflectors import OnFirstRank
 from fst_fast.train import main
 from fst_fast.trainer import Trainer
 from tests.fast.test_endpoint import Endpoint, Handler
@@ -127,26 +128,32 @@ def test_the_report_shows_hostile_text_and_a_browser_runs_none_of_it(
 
 def test_with_filler_the_endpoint_has_a_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers only after the loop has learned from a step meanwhile, and gives up where the loop waits for it."""
-    learned, asked, beside = threading.Condition(), [0], []
+    learned, steps, asked_at, beside = threading.Condition(), 0, 0, []
 
     class AfterAStep(Handler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             with learned:
-                before = asked[0]
-                if before:  # the first cycle comes before all steps
-                    beside.append(learned.wait_for(lambda: asked[0] > before, timeout=20))
+                if asked_at:  # the first cycle comes before all steps
+                    beside.append(learned.wait_for(lambda: steps > asked_at, timeout=20))
             self.say(f"name the case\n````\nuse upper case {len(beside)}\n````")
 
-    real = Trainer._learn_from
+    real_begin, real_learn = OnFirstRank.begin, Trainer._learn_from
+
+    def begin(self: OnFirstRank, requests: Any) -> Any:
+        nonlocal asked_at
+        asked_at = steps
+        return real_begin(self, requests)
 
     def learn_from(self: Trainer, rollouts: Any) -> Any:
-        report = real(self, rollouts)
+        nonlocal steps
+        report = real_learn(self, rollouts)
         with learned:
-            asked[0] += 1
+            steps += 1
             learned.notify_all()
         return report
 
+    monkeypatch.setattr(OnFirstRank, "begin", begin)
     monkeypatch.setattr(Trainer, "_learn_from", learn_from)
     with serving(AfterAStep, monkeypatch) as server:
         more = {"fast.filler": True, "fast.every": 6, "stream": "glyph:A@12", "fast.race": False, "eval.every": 12}

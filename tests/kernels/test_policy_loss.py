@@ -82,7 +82,9 @@ def test_vocabularies_that_no_block_divides(
     options: dict[str, Any] = {"weight_max": 4.0, "entropy_coef": 0.01, "kl_coef": 0.1} | p.ref
     ours = linear_policy_loss(p.hidden, p.weight, *p.rows, **options)
     truth = reference.linear_policy_loss(p.hidden, p.weight, *p.rows, **options)
-    assert_same_loss(ours, truth, (p.hidden, p.weight))
+    # of fewer than 4 rows MKL on an AMD CPU sums the V products of a dH in one chain, whose rounding grows as a walk
+    chain = 4 * v**0.5 * 2**-24
+    assert_same_loss(ours, truth, (p.hidden, p.weight), gradient=max(1e-5, chain))
 
 
 @pytest.mark.parametrize("kind", KINDS)
