@@ -43,7 +43,8 @@ def test_the_last_outermost_object_with_the_key_is_the_answer(response: str, val
         ("{'output': {1: 1, '1': 2}}", "names a key twice"),
         ('{"output": [1e999]}', "1e999 is larger than any number"),
         ('{"output": ' + "[" * 101 + "]" * 101 + "}", "nested more than 100 levels"),
-        ('{"output": ' + "[" * 9000 + "]" * 9000 + "}", "there is no JSON object"),
+        # Python 3.13 parses as deep as this, 3.11 does not
+        ('{"output": ' + "[" * 9000 + "]" * 9000 + "}", "there is no JSON object|nested more than 100 levels"),
         ('{"output": ' + "9" * 5000 + "}", "there is no JSON object"),
         ("{'output': __import__('os').getpid()}", "there is no JSON object"),
         ("{'output': 2 ** 9}", "there is no JSON object"),
