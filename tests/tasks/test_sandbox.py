@@ -242,7 +242,7 @@ def test_many_run_at_once_and_keep_their_order(complete: Sandbox) -> None:
 def test_a_jail_that_dies_is_replaced() -> None:
     box = Sandbox(jails=1)
     assert box.call(Call("def f(x): return x", "f", 1)) == Outcome("1")
-    jail = box._free.queue[0]
+    jail = box._jails._idle.queue[0]
     assert jail is not None
     jail._process.kill()
     jail._process.wait()
