@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -20,12 +21,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fst_fast.cli import read_config, run
-from fst_fast.config import INSTRUCTIONS, EvalConfig, check
+from fst_fast.config import INSTRUCTIONS, EvalConfig, check, stages
 from fst_fast.errors import UserError
-from fst_fast.model import Model
-from fst_fast.ranks import Ranks
-from fst_fast.records import Problem, Prompt, Rollout
+from fst_fast.model import Model, load_model
+from fst_fast.ranks import Ranks, launched
+from fst_fast.records import Problem, Prompt, Rollout, SamplingParams
+from fst_fast.rollout import make_engine
+from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.collect import Ask, Collector
+from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.slow.learner import token_kl
 from fst_fast.slow.policy import micro_batches, padded_tokens, response_hidden, shared_batches
@@ -34,6 +38,9 @@ from fst_fast.tasks.glyph import GlyphTask, instruction_cases
 from fst_fast.tasks.mixture import Mixture, parts_of
 from fst_fast.tasks.task import Task
 from fst_fast.telemetry import plain
+
+if TYPE_CHECKING:
+    from fst_fast.state import State
 
 Scores = Mapping[str, Mapping[str, float]]  # prompt id → problem id → mean reward over samples
 
@@ -100,6 +107,14 @@ def evaluate(
         answered = collector.collect(ood, asks, purpose="eval", step=step, key=(*key, "ood"))
         record["reward_ood"] = mean(r.reward for r in answered)
     return record
+
+
+def deployed(mode: str, state: State, task: Task) -> tuple[list[Prompt], Prompt]:
+    """(population, best prompt) that a run would use on `task` now; fst-distill deploys the weights alone."""
+    if mode == "fst-distill":
+        seed = Prompt(task.seed_prompt)
+        return [seed], seed
+    return state.population, state.best
 
 
 def weighted(records: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
@@ -187,35 +202,12 @@ LABELS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    from fst_fast.context import check_room, longest_problem
-    from fst_fast.train import Trainer  # the loop imports this file
-
     command = tyro.cli(EvaluateCommand, args=list(argv), prog="python -m fst_fast.evaluate")
-    config = read_config(command.run)
-    trainer = Trainer(config, command.run)
-    if not trainer.restore():
-        raise UserError(f"run: {command.run} has no checkpoint yet")
-    task = (
-        make_task(command.task, seed=config.seed, jsonl=config.jsonl, data=config.data)
-        if command.task
-        else trainer.tasks[trainer.state.entered]
-    )
-    problems = command.problems or len(task.validation)
-    trainer.config = replace(config, eval=replace(config.eval, problems=problems, samples=command.samples))
-    check(trainer.config)
-    prompts = [Prompt(task.seed_prompt), trainer.state.best, *trainer.state.population]
-    limit = config.rollout.max_new_tokens
-    check_room(trainer.model, task, prompts, longest_problem(trainer.model, task), limit)
-    with tempfile.TemporaryDirectory() as scratch:  # these rollouts are not the run's
-        trainer.serve(RolloutStore(Path(scratch)))
-        none = Prompt("")  # no system prompt at all: what the weights do alone
-        metrics = trainer.held_out(task, task.name, [none])
-        metrics["reward_none"] = metrics["reward_by_prompt"][none.id]
-    title = f"{command.run} at step {trainer.state.step} on {task.name}"
+    metrics, texts = evaluate_run(command)
+    title = f"{command.run} at step {metrics['step']} on {metrics['task']}"
     table = Table(title=Text(f"{title}, mean@{command.samples} of {metrics['problems']}"))
     for column in ("what", "value"):
         table.add_column(column)
-    texts = {p.id: p.text for p in prompts}
     for name, what in LABELS.items():
         if name in metrics:
             table.add_row(Text(what), Text(f"{metrics[name]:.3f}"))
@@ -223,9 +215,70 @@ def main(argv: Sequence[str]) -> None:
         table.add_row(Text(f"reward on {name}"), Text(f"{part['reward']:.3f}"))
     for prompt, reward in metrics["reward_by_prompt"].items():
         mark = " (best)" if prompt == metrics["best_prompt"] else ""
-        table.add_row(Text(f"prompt{mark}: {plain(texts.get(prompt, ''), 200) or 'none'}"), Text(f"{reward:.3f}"))
+        table.add_row(Text(f"prompt{mark}: {plain(texts[prompt], 200) or 'none'}"), Text(f"{reward:.3f}"))
     Console().print(table)
-    print(json.dumps({"step": trainer.state.step, "task": task.name, **metrics}))
+    print(json.dumps(metrics))
+
+
+def evaluate_run(command: EvaluateCommand) -> tuple[dict[str, Any], dict[str, str]]:
+    """Metrics of a run's last checkpoint, and the prompts' texts by their ids.
+
+    The trained model is the checkpoint's Hugging Face folder, as whoever deploys it has it: no optimizer, no masters.
+    """
+    from fst_fast import checkpoint  # these import this file, or what does
+    from fst_fast.context import check_room, longest_problem
+    from fst_fast.state import State, fingerprint
+
+    config = read_config(command.run)
+    settings = replace(config.eval, samples=command.samples, problems=command.problems or config.eval.problems)
+    check(replace(config, eval=settings))
+    if launched():
+        raise UserError("evaluate works in one process, on one GPU: start it without torchrun")
+    folder = checkpoint.latest(command.run)
+    if folder is None:
+        raise UserError(f"run: {command.run} has no checkpoint yet")
+    saved = checkpoint.read_state(folder)
+    state, make = State.from_dict(saved), partial(make_task, seed=config.seed, jsonl=config.jsonl, data=config.data)
+    tasks = [make(stage.task) for stage in stages(config.stream)]
+    ood = make(config.eval.ood) if config.eval.ood else None
+    task = make(command.task) if command.task else tasks[state.entered]
+    settings = replace(settings, problems=command.problems or len(task.validation))
+    torch.set_num_threads(config.threads)
+    loading = {k: v for k, v in asdict(config.model).items() if k != "path"}
+    base = load_model(config.model.path, **loading)
+    if fingerprint([*tasks, *([ood] if ood else [])], base) != saved["inputs"]:
+        raise UserError(
+            f"run: the problems or the base model are not those that {command.run} was begun with; put the old ones "
+            "back"
+        )
+    model = load_model(str(folder / "model"), **loading)
+    engine = make_engine(config.rollout, model)
+    check_engine(engine, model)
+    population, best = deployed(config.mode, state, task)
+    prompts = [best, *population, Prompt(task.seed_prompt)]
+    check_room(model, task, prompts, longest_problem(model, task), config.rollout.max_new_tokens)
+    sampling = SamplingParams(config.rollout.temperature, config.rollout.max_new_tokens)
+    none = Prompt("")  # no system prompt at all: what the weights do alone
+    with tempfile.TemporaryDirectory() as scratch:  # these rollouts are not the run's
+        store = RolloutStore(Path(scratch))
+        collector = Collector(model, Scheduler([engine]), store, state.totals, sampling, config.seed)
+        metrics = evaluate(
+            collector,
+            task,
+            model,
+            base,
+            population,
+            best,
+            settings,
+            step=state.step,
+            micro_tokens=config.slow.micro_tokens,
+            key=(state.step, task.name, state.cycle),
+            others=[none],
+            ood=ood,
+        )
+    metrics["reward_none"] = metrics["reward_by_prompt"][none.id]
+    where = {"step": state.step, "task": task.name}
+    return where | metrics, {p.id: p.text for p in [*prompts, none]}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from fst_fast.config import Config, Stage, check, check_installed, evolves, paus
 from fst_fast.context import check_context, room
 from fst_fast.data import make_order
 from fst_fast.errors import UserError
-from fst_fast.evaluate import evaluate, mean
+from fst_fast.evaluate import deployed, evaluate, mean
 from fst_fast.fast.cycle import Cycle
 from fst_fast.fast.lineage import lineage, summary
 from fst_fast.fast.population import Member, distinct
@@ -361,23 +361,18 @@ class Trainer:
         record = {"kind": "eval", **self._where(), **found, **asdict(self.state.totals), "time": self.meter.read()}
         self.telemetry.write(record, prompt=self.state.best.text)
 
-    def held_out(self, task: Task, stream_name: str, others: Sequence[Prompt] = (), at: float = 1.0) -> dict[str, Any]:
-        """Metrics of the present weights and prompts on `task`, as it is at the place `at` of its stage (0 to 1);
-        fst-distill deploys the weights alone."""
-        seed = Prompt(task.seed_prompt)
-        alone = self.config.mode == "fst-distill"
+    def held_out(self, task: Task, stream_name: str, *, at: float) -> dict[str, Any]:
+        """Metrics of the present weights and prompts on `task`, as it is at the place `at` of its stage (0 to 1)."""
         return evaluate(
             self.collector,
             task,
             self.model,
             self.base,
-            [seed] if alone else self.state.population,
-            seed if alone else self.state.best,
+            *deployed(self.config.mode, self.state, task),
             self.config.eval,
             step=self.state.step,
             micro_tokens=self.config.slow.micro_tokens,
             key=(self.state.step, stream_name, self.state.cycle),
-            others=others,
             at=at,
             ood=self.ood,
         )

@@ -404,6 +404,17 @@ def test_an_evaluation_that_cannot_be(argv: list[str], words: list[str], finishe
     assert tree(finished) == before
 
 
+def test_an_evaluation_of_what_the_run_was_not(
+    finished: Path, refuse: Refusals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("fst_fast.state.fingerprint", lambda tasks, base: "of another model")
+        assert f"not those that {finished} was begun with" in refuse.sentence(evaluate.main, finished)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refuse.sentence(evaluate.main, finished)
+
+
 def test_a_report_that_cannot_be_written(finished: Path, refuse: Refusals) -> None:
     (refuse.folder / "file").touch()
     assert str(refuse.folder / "file") in refuse.sentence(report.main, finished, "--out", refuse.folder / "file" / "x")
