@@ -110,7 +110,8 @@ def _write(folder: Path, trained: dict[str, Any], ranks: Ranks) -> None:
     """This rank's shards, in one file."""
     import torch.distributed.checkpoint as dcp
 
-    writer, group = dcp.FileSystemWriter(folder, sync_files=False), ranks.group
+    # all is in host memory; to copy ahead, torch would make a CUDA context on the first GPU, of every rank's thread
+    writer, group = dcp.FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0), ranks.group
     with _plain_errors(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process
         dcp.save(trained, storage_writer=writer, process_group=group, no_dist=group is None)

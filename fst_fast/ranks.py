@@ -7,10 +7,12 @@ process on its own is `Ranks()`, where all of this does nothing.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -116,5 +118,38 @@ def joined(device: str) -> Iterator[Ranks]:
     shape, names = ((size,), ("shard",)) if node == size else ((size // node, node), ("replicate", "shard"))
     mesh = init_device_mesh("cuda" if gpu else "cpu", shape, mesh_dim_names=names)
     groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
-    yield Ranks(rank, size, node, mesh, *groups)
+    with watched() if node < size else nullcontext():
+        yield Ranks(rank, size, node, mesh, *groups)
     dist.destroy_process_group()  # not after an error: the others may never come
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """End this process when one of another machine is gone. On one machine the launcher does that; over several nobody
+    would before NCCL's watchdog, half an hour later."""
+    import torch.distributed as dist
+
+    group, leaving = dist.new_group(backend="gloo", timeout=TIMEOUT), Event()
+
+    def watch() -> None:
+        from fst_fast.launch import record, say
+
+        try:
+            while True:
+                last = leaving.is_set()
+                left = torch.tensor(int(last))
+                dist.all_reduce(left, group=group)
+                if int(left) == dist.get_world_size():
+                    return
+                leaving.wait(0.1 if last else 1.0)
+        except BaseException as error:
+            time.sleep(2)  # what ended the other may be ending this one, with more to say
+            sentence = "a process on another machine has ended; --resume continues from the last checkpoint"
+            record(error, sentence, 1)
+            os._exit(say(f"error: {sentence}", 1))
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    leaving.set()
+    thread.join()

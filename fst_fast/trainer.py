@@ -76,6 +76,21 @@ def check_shared(run_dir: Path, ranks: Ranks) -> None:
         raise UserError(f"run_dir: {run_dir} is another folder on each machine; give one that all of them share")
 
 
+def check_alike(config: Config, inputs: str, ranks: Ranks) -> None:
+    """UserError unless all ranks were given the same: each machine has a command and files of its own, and ranks that
+    train on different ones would do so without a word."""
+    settings = to_toml(replace(config, run_dir="", threads=0)).splitlines()
+    found = ranks.join([(settings, inputs)])
+    for rank, (theirs, their_inputs) in enumerate(found):
+        if theirs != found[0][0]:
+            apart = " and ".join(sorted(set(theirs) ^ set(found[0][0]))[:2])
+            raise UserError(f"ranks 0 and {rank} have other settings ({apart}); start the same command on all machines")
+        if their_inputs != found[0][1]:
+            raise UserError(
+                f"ranks 0 and {rank} have other problems or another base model; give every machine the same files"
+            )
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step's rollouts, under way."""
@@ -121,6 +136,7 @@ class Trainer:
         self.base.lm.requires_grad_(False)
         self.longest = check_context(self.base, self.tasks, self.ood, config)
         self.inputs = fingerprint([*self.tasks, *([self.ood] if self.ood else [])], self.base)
+        check_alike(config, self.inputs, self.ranks)
         self.shape = shape_of(self.base.lm, path)
         # of a mixture of experts the shape counts them all for every token: no utilisation then
         dense = not any(".experts." in name for name, _ in self.base.lm.named_parameters())

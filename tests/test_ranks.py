@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -26,22 +27,22 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from fst_fast import checkpoint, cli, train
-from fst_fast.config import SlowConfig
+from fst_fast.config import Config, SlowConfig
 from fst_fast.errors import EngineError, UserError
 from fst_fast.launch import _cause, workers
 from fst_fast.model import Model, load_model
 from fst_fast.ranks import Ranks
 from fst_fast.rollout import vllm_engine
 from fst_fast.slow.policy import Policy
-from fst_fast.trainer import BASE_VERSION
+from fst_fast.trainer import BASE_VERSION, check_alike
 from tests.fast.test_endpoint import Endpoint, Handler
 from tests.models import save_tiny
 from tests.once import once
-from tests.warm import Warm
+from tests.warm import Warm, free_port
 
 RUN: dict[str, object] = {
     "stream": "glyph:A@4", "threads": 1, "progress": False, "tensorboard": False, "rollout.problems": 3,
-    "rollout.group-size": 4, "slow.minibatches": 2, "slow.kl-coef": 0.01, "slow.micro-tokens": 256, "slow.pack": "on",
+    "rollout.group-size": 4, "slow.minibatches": 2, "slow.kl-coef": 0.01, "slow.micro-tokens": 48, "slow.pack": "on",
     "fast.population": 2, "fast.every": 2, "fast.minibatch": 4, "fast.scoring-problems": 6,
     "fast.first-proposals": 6, "fast.proposals": 2, "eval.every": 4, "eval.problems": 4, "eval.samples": 1,
     "checkpoint-every": 2,
@@ -235,6 +236,47 @@ def test_machines_that_do_not_share_the_run_directory_are_told_before_any_work(w
     said = "error: run_dir: run is another folder on each machine; give one that all of them share\n"
     assert ended == (2, 2 * said)  # each machine's
     assert [list(folder.rglob("*")) for folder in folders] == [[], []]
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_process_notices_that_one_of_another_machine_is_gone(killed: bool) -> None:
+    """It may wait in an NCCL collective, which says nothing: here it sleeps."""
+    program = (
+        "import os, signal, sys, time\n"
+        "from fst_fast.ranks import joined\n"
+        "with joined('cpu') as ranks:\n"
+        "    ranks.wait()\n"
+        f"    if {killed} and ranks.main: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    time.sleep({60 if killed else 0} + 3 * ranks.rank)\n"
+    )
+    port = free_port()
+    processes = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", program]
+        processes.append(subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True))
+    said = [p.communicate(timeout=50)[1] for p in processes]
+    codes = [p.returncode for p in processes]
+    assert codes == ([-signal.SIGKILL, 1] if killed else [0, 0]), said
+    assert ("error: a process on another machine has ended; --resume" in said[1]) == killed
+
+
+def test_machines_that_train_on_other_settings_or_files_are_told() -> None:
+    """Their replicas would go apart without a word."""
+    config = Config(run_dir="here", threads=1)
+    slower = replace(config, slow=replace(config.slow, lr=0.5))
+
+    def together(*given: tuple[Config, str]) -> None:
+        seen: list[Any] = []
+        for rank in given:
+            check_alike(*rank, Mock(join=lambda own: seen.extend(own) or seen))
+
+    together((config, "a"), (replace(config, run_dir="there", threads=2), "a"))
+    with pytest.raises(UserError, match=r"ranks 0 and 1 have other settings \(lr = .* and lr = .*\)"):
+        together((config, "a"), (slower, "a"))
+    with pytest.raises(UserError, match="ranks 0 and 2 have other problems or another base model"):
+        together((config, "a"), (config, "a"), (config, "b"))
 
 
 # ---- the launcher ---------------------------------------------------------------------------------------------------

@@ -99,11 +99,15 @@ def serve(instructions: int) -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _run_ranks(request: dict[str, Any]) -> int:
-    """Exit code of the first rank that failed, 0 if none did."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def _run_ranks(request: dict[str, Any]) -> int:
+    """Exit code of the first rank that failed, 0 if none did."""
+    port = free_port()
     children, size, node = set(), request["ranks"], request["ranks"] // request["nodes"]
     for rank in range(size):
         child = os.fork()

@@ -26,6 +26,7 @@ from fst_fast.slow.policy import (
     response_targets,
     shared_batches,
 )
+from fst_fast.slow.sharding import sum_over_machines
 from fst_kernels import linear_kl, linear_policy_loss, linear_token_logprobs
 
 FEW = 16  # rollouts: enough to see weights of another step
@@ -76,15 +77,17 @@ class Learner:
         self._work_of = packed_work if self._packs else padded_work
 
     def _can_pack(self) -> bool:
-        """Raises UserError when packing was asked for and one of the models cannot."""
-        try:
-            prepare(self.policy.model)
-            prepare(self.base)
-        except UserError:
-            if self.config.pack == "on":
-                raise
-            return False
-        return True
+        """The same on every rank. Raises UserError when packing was asked for and one of the models cannot."""
+        refusals = []
+        for model in (self.policy.model, self.base):
+            try:
+                prepare(model)
+            except UserError as error:
+                refusals.append(str(error))
+        refusals = self.ranks.join(refusals)
+        if refusals and self.config.pack == "on":
+            raise UserError(refusals[0])
+        return not refusals
 
     def step(self, groups: Sequence[Group], rng: random.Random) -> StepReport:
         """Paper's Eq. 4: L = −(1/P) Σ_x [Σ_{i,t} sg(min(ρ, τ)) A log π] / Σ_i |y_i| over the P problems of a minibatch.
@@ -176,7 +179,9 @@ class Learner:
                 continue
             rollouts, teachers = [s.rollout for s in samples], [s.teacher for s in samples if s.teacher]
             found: list[tuple[int, torch.Tensor, Metrics]] = []  # read when all is launched
-            for indices, counts in self._micro_batches(rollouts, teachers):
+            batches = self._micro_batches(rollouts, teachers)
+            for k, (indices, counts) in enumerate(batches):
+                sum_over_machines(self.policy.model, k == len(batches) - 1)
                 micro = [samples[i] if counts else replace(samples[i], weight=0.0) for i in indices]
                 tokens = sum(len(s.rollout.response_ids) for s in micro)
                 loss, metrics = loss_of(micro, denominator)
@@ -272,7 +277,8 @@ def behaviour_logprobs(rollouts: Sequence[Rollout], device: torch.device) -> tor
 def by_rollout(rollouts: Sequence[Rollout], log_ratios: torch.Tensor) -> list[tuple[Rollout, torch.Tensor]]:
     """log ρ_t in host memory, each rollout with its own [tokens]; `log_ratios` [N] runs over all."""
     parts = log_ratios.cpu().split([len(r.response_ids) for r in rollouts])
-    return list(zip(rollouts, parts, strict=True))
+    # of views a pickle, on its way to other ranks, holds all they are views of
+    return [(r, part.clone()) for r, part in zip(rollouts, parts, strict=True)]
 
 
 def token_kl(

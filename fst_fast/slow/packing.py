@@ -122,6 +122,8 @@ def prepare(model: Model) -> None:
     try:
         if not (error := _error(model)) < (1e-4 if model.dtype == torch.float32 else 0.1):
             why = f"gives other hidden states when packed (by {error:.2g})"
+    except (torch.OutOfMemoryError, torch.distributed.DistError):  # of this rank alone, or of this moment
+        raise
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as problem:
         why = f"cannot run packed ({problem})"
     if why:

@@ -22,7 +22,8 @@ def shard(model: Model, ranks: Ranks, *, offload: bool) -> None:
 
     assert ranks.mesh is not None
     lm = model.lm
-    precision = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
+    # inputs have the type already, and FSDP would look for tensors to cast in the whole trie of a packed batch
+    precision = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = CPUOffloadPolicy() if offload and model.device.type == "cuda" else OffloadPolicy()
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     units = [*layers(model), lm.base_model]
@@ -39,6 +40,16 @@ def shard(model: Model, ranks: Ranks, *, offload: bool) -> None:
             module.set_gradient_divide_factor(1.0)  # losses are of the whole batch: FSDP2 averages otherwise
             module.set_force_sum_reduction_for_comms(True)
     model.sharded = True
+
+
+def sum_over_machines(model: Model, now: bool) -> None:
+    """Whether the next backward pass sums gradients over machines that hold the same shards (HSDP), with those of the
+    passes before that did not: networks between machines are slow, and the last micro-batch's time is enough."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.lm.modules() if model.sharded else ():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(now, recurse=False)
 
 
 def recompute(model: Model, which: Recompute) -> None:

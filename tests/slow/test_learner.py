@@ -170,6 +170,19 @@ def test_minibatches_split_groups_and_step_once_each(model: Model, base: Model) 
     assert report.live_groups == 4
 
 
+def test_machines_sum_their_gradients_once_an_update(
+    model: Model, base: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now: list[bool] = []
+    monkeypatch.setattr("fst_fast.slow.learner.sum_over_machines", lambda of, last: now.append(last))
+    config = SlowConfig(lr=0.0, minibatches=2, micro_tokens=40)
+    learner = Learner(Policy(model, config), base, config)
+    learner.step(make_groups(model, problems=4), random.Random(0))
+    assert now.count(True) == 2
+    assert now.count(False) > 2
+    assert now[-1]
+
+
 def test_training_raises_the_probability_of_the_better_responses(model: Model, base: Model) -> None:
     config = replace(CONFIG, lr=1e-3, clip=1.0)
     policy = Policy(copy.deepcopy(model), config)
