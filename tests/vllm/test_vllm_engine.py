@@ -526,7 +526,13 @@ def test_a_training_run_by_the_command_line(tmp_path: Path) -> None:
     spent = [r for r in rollouts if r["purpose"] == "rl"]
     assert {r["step"] for r in spent} == set(range(4))
     assert all(r["versions"] == [[r["step"], len(r["response_ids"])]] for r in spent)
-    assert max(line["kl"] for line in lines if line["kind"] == "eval") > 1e-3  # the weights moved, and ρ stayed 1
+    last = [line for line in lines if line["kind"] == "eval"][-1]
+    assert last["kl"] > 1e-3  # the weights moved, and ρ stayed 1
+    command = [sys.executable, "-m", "fst_fast.evaluate", str(run), "--problems", "8", "--samples", "2"]
+    said = subprocess.run(command, cwd=ROOT, check=True, timeout=600, capture_output=True, text=True).stdout
+    found = json.loads(said.splitlines()[-1])
+    assert (found["step"], last["samples"]) == (4, 2)
+    assert (found["reward"], found["kl"]) == pytest.approx((last["reward"], last["kl"]), rel=1e-3)  # the same draws
 
 
 def test_a_training_run_that_asks_ahead_carries_what_is_under_way_over_each_weight_change(tmp_path: Path) -> None:
