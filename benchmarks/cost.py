@@ -30,8 +30,8 @@ from weights import SHAPES, save_random
 
 from fst_fast.checkpoint import Saver
 from fst_fast.records import Answer
+from fst_fast.runs import SUMS, Run, read_run
 from fst_fast.tasks.task import Message
-from fst_fast.telemetry import SUMS, Run, read_run
 from fst_fast.train import main as train
 from fst_fast.trainer import Trainer
 

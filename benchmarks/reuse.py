@@ -19,7 +19,7 @@ from typing import Any
 from measure import save, setting
 
 from fst_fast.compare import CompareCommand, plan, work
-from fst_fast.telemetry import Run, read_run
+from fst_fast.runs import Run, read_run
 
 STREAMS = {
     "plain": ["--stream", "glyph:A@100,glyph:B@60"],

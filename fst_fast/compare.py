@@ -29,7 +29,7 @@ from fst_fast.config import Config, flat, stages
 from fst_fast.errors import UserError
 from fst_fast.plots import group_runs, plot_comparison
 from fst_fast.report import caveats, comparison, write_report
-from fst_fast.telemetry import parse, read_run
+from fst_fast.runs import parse, read_run
 
 # RL alone needs about 50 to 90 steps on a task: the first stage gives it time to finish before the switch.
 STREAM = "glyph:A@100,glyph:B@60"

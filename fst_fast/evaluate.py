@@ -31,13 +31,13 @@ from fst_fast.rollout.check import check_engine
 from fst_fast.rollout.collect import Ask, Collector
 from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import RolloutStore
+from fst_fast.runs import plain
 from fst_fast.slow.learner import token_kl
 from fst_fast.slow.policy import micro_batches, padded_tokens, response_hidden, shared_batches
 from fst_fast.tasks import make_task
 from fst_fast.tasks.glyph import GlyphTask, instruction_cases
 from fst_fast.tasks.mixture import Mixture, parts_of
 from fst_fast.tasks.task import Task
-from fst_fast.telemetry import plain
 
 if TYPE_CHECKING:
     from fst_fast.state import State

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fst_fast.config import flat
-from fst_fast.telemetry import Record, Run, plain, read_run
+from fst_fast.runs import Record, Run, plain, read_run
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; in a page's SVG each becomes a CSS variable.
 COLORS = {"fst": "#0072b2", "rl": "#d55e00", "gepa": "#009e73", "rl-then-gepa": "#cc79a7", "fst-distill": "#e69f00"}

@@ -21,7 +21,7 @@ from fst_fast import cli
 from fst_fast.errors import UserError
 from fst_fast.files import write_atomic
 from fst_fast.plots import LINES, PANELS, VARIABLES, Group, group_runs, svg
-from fst_fast.telemetry import Record, Run, cost_facts, count, number, parse, plain, read_lines, read_run
+from fst_fast.runs import Record, Run, cost_facts, count, number, parse, plain, read_lines, read_run
 
 MAX_BYTES = 3_000_000  # of a page
 MATRIX_COLUMNS = 192  # scoring problems of the paper's recipe

@@ -34,6 +34,7 @@ from fst_fast.rollout.check import MISMATCH, check_engine, check_mismatch, misma
 from fst_fast.rollout.collect import Ask, Asked, Collector, version_metrics
 from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import Plan, Reused, RolloutStore, Rule, plan, reuse_metrics
+from fst_fast.runs import read_run
 from fst_fast.seeding import stream
 from fst_fast.shape import shape_of
 from fst_fast.slow.advantage import group_by_problem
@@ -44,7 +45,7 @@ from fst_fast.slow.sharding import recompute, shard
 from fst_fast.state import State, fingerprint
 from fst_fast.tasks import make_task
 from fst_fast.tasks.task import Message, Task
-from fst_fast.telemetry import Telemetry, read_run
+from fst_fast.telemetry import Telemetry
 
 BASE_VERSION = -1  # policy_version of what the frozen base model sampled
 

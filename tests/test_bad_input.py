@@ -25,8 +25,8 @@ from fst_fast.model import GLYPH_BASE, Model, load_model
 from fst_fast.records import Prompt
 from fst_fast.rollout import make_engine
 from fst_fast.rollout.engine import RolloutEngine
+from fst_fast.runs import read_run
 from fst_fast.slow.policy import Policy
-from fst_fast.telemetry import read_run
 
 pytestmark = pytest.mark.usefixtures("few_instructions")
 SMALL = {

@@ -12,18 +12,19 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fst_fast import calibrate, plan
+from fst_fast import calibrate
 from fst_fast.checkpoint import _staged
 from fst_fast.cli import PlanCommand, TrainCommand, parse_train
 from fst_fast.config import GLYPH, Config, SlowConfig, preset
 from fst_fast.errors import UserError
 from fst_fast.memory import Layout, Part, activations, host_parts, parts, peak
 from fst_fast.model import load_model
-from fst_fast.plan import Batch, PlanOptions, layout_of, phases, speed_of, target_of, work_of
+from fst_fast.plan import PlanOptions, layout_of, speed_of, target_of
 from fst_fast.rates import Hardware, Lengths, Rate, Roofline, kind_of, read_table
 from fst_fast.shape import PassWork, Shape, read_shape, shape_of
 from fst_fast.slow.policy import Policy
 from fst_fast.train import main, train
+from fst_fast.workload import LIVE, Batch, asked_ahead, phases, scored, work_of
 from tests.models import save_tiny
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -266,7 +267,7 @@ def test_planned_tokens_and_rollouts_are_within_a_fifth_of_a_runs(
     options = PlanOptions(gpu="cpu")
     target = target_of(config, options)
     speed = speed_of(config, options, target)
-    work = work_of(config, plan.LIVE)
+    work = work_of(config, LIVE)
     train(config, tmp_path / "run")
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     totals = [r for r in metrics if r["kind"] == "eval"][-1]
@@ -321,7 +322,7 @@ def test_steps_asked_ahead_are_those_between_pauses_and_two_at_once_are_faster_t
     )
     works = [work_of(config, 1.0) for config in (waited, ahead)]
     assert [w.asked_ahead for w in works] == [0, 8]  # not 0, 4, 6, 8
-    assert plan.asked_ahead(replace(ahead, mode="fst", fast=replace(GLYPH.fast, every=3)), 12) == 6  # nor 3, 9
+    assert asked_ahead(replace(ahead, mode="fst", fast=replace(GLYPH.fast, every=3)), 12) == 6  # nor 3, 9
     speed = roofline()
     times = [phases(work, speed, config)["rollout"] for work, config in zip(works, (waited, ahead), strict=True)]
     assert times == [12 * speed.rollouts(128), 4 * speed.rollouts(128) + 8 * speed.rollouts(256) / 2]
@@ -364,9 +365,9 @@ def test_vllms_host_is_waited_for_where_it_is_slower_than_the_gpu() -> None:
 
 def test_a_race_costs_less_than_scoring_everybody_to_the_end() -> None:
     everybody = replace(GLYPH, fast=replace(GLYPH.fast, race=False))
-    assert plan.scored((10,), 24, everybody) == 240
-    assert 24 * 4 < plan.scored((10,), 24, GLYPH) < 240
-    assert plan.scored((10,), 24 * 10**6, GLYPH) == pytest.approx(10**6 * plan.scored((10,), 24, GLYPH), rel=0.2)
+    assert scored((10,), 24, everybody) == 240
+    assert 24 * 4 < scored((10,), 24, GLYPH) < 240
+    assert scored((10,), 24 * 10**6, GLYPH) == pytest.approx(10**6 * scored((10,), 24, GLYPH), rel=0.2)
 
 
 def roofline(**changes: object) -> Roofline:

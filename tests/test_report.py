@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from fst_fast import report
 from fst_fast.plots import COLORS, PANELS, draw, group_runs, plot_comparison, svg
 from fst_fast.report import matrix, tree, word_diff, write_report
-from fst_fast.telemetry import read_run
+from fst_fast.runs import read_run
 
 HOSTILE = [
     "<script>document.title = 'pwned'; document.documentElement.dataset.pwned = 1</script>",

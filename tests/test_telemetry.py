@@ -25,9 +25,10 @@ from fst_fast.errors import UserError
 from fst_fast.meter import Meter, mfu, sampling_work, together
 from fst_fast.ranks import Ranks
 from fst_fast.records import Problem, Prompt, Rollout, SamplingParams, Verdict
+from fst_fast.runs import count, plain, print_summary, read_run
 from fst_fast.shape import PassWork, Shape
 from fst_fast.slow.lora import adapt
-from fst_fast.telemetry import Telemetry, count, plain, print_summary, read_run, scalars
+from fst_fast.telemetry import Telemetry, scalars
 from fst_fast.train import main
 from fst_fast.trainer import Trainer
 from tests.models import save_tiny, tiny

@@ -26,7 +26,7 @@ from fst_fast.experiments.experiment import Experiment, Setting, check_fit
 from fst_fast.experiments.page import Report, show, write_claims, write_files, write_page
 from fst_fast.experiments.pool import Pool
 from fst_fast.report import caveats
-from fst_fast.telemetry import read_run
+from fst_fast.runs import read_run
 
 SEEDS = "0,1,2"
 # In miniature RL just gets there. Half as many held-out problems: an evaluation costs as much as six steps.

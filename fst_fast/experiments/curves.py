@@ -36,8 +36,8 @@ from fst_fast.experiments.stats import (
     standard_error,
 )
 from fst_fast.plots import PANELS
+from fst_fast.runs import Run, count
 from fst_fast.tasks.star_base import ASSET, TASK
-from fst_fast.telemetry import Run, count
 
 REWARD, AGAINST_ROLLOUTS, KL, ENTROPY = PANELS
 COSTS = ("steps", "rollouts", "tokens", "seconds", "GPU-hours")

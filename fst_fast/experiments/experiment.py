@@ -10,7 +10,7 @@ from fst_fast.config import Stage
 from fst_fast.errors import UserError
 from fst_fast.experiments.stats import Verdict, judge
 from fst_fast.plots import Group, Panel, draw
-from fst_fast.telemetry import Run
+from fst_fast.runs import Run
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from fst_fast.cli import config_from
 from fst_fast.compare import Job, check_same
 from fst_fast.config import Config, Stage, flat, stages
 from fst_fast.experiments.experiment import Arm, Base, Setting
+from fst_fast.runs import Run, read_run
 from fst_fast.tasks.mixture import is_mixture
-from fst_fast.telemetry import Run, read_run
 
 ALL_CHECKPOINTS = 10**6
 

@@ -24,8 +24,8 @@ from fst_fast.experiments.experiment import (
     lasts,
     minus,
 )
+from fst_fast.runs import Run
 from fst_fast.tasks import make_task
-from fst_fast.telemetry import Run
 
 LIVE_STEPS = 10  # the last steps of a run, over which groups that carry a gradient are counted
 

@@ -22,7 +22,7 @@ from fst_fast.experiments.experiment import (
     two_stages,
     two_tasks,
 )
-from fst_fast.telemetry import Record, Run
+from fst_fast.runs import Record, Run
 
 # ---------------------------------------------------------------------------------------------------------- continual
 

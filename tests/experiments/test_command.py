@@ -14,8 +14,8 @@ from fst_fast.errors import UserError
 from fst_fast.experiments.__main__ import ExperimentsCommand, choose, main, setting_of
 from fst_fast.experiments.experiment import Arm, Base, Setting
 from fst_fast.experiments.pool import Pool, begins, cut
+from fst_fast.runs import read_run
 from fst_fast.tasks import star_base
-from fst_fast.telemetry import read_run
 from fst_fast.train import train
 
 SMALL = (

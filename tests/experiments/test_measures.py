@@ -17,8 +17,8 @@ from fst_fast.experiments.experiment import Claim, Setting
 from fst_fast.experiments.page import Report, write_page
 from fst_fast.experiments.prompts import deployment, route
 from fst_fast.experiments.streams import drift, plasticity, schedules
+from fst_fast.runs import Run
 from fst_fast.tasks import make_task
-from fst_fast.telemetry import Run
 from tests.test_report import Page, check_harmless
 
 SETTING = Setting(tuple(stages("glyph:A@60,glyph:B@60")), (0, 1))
