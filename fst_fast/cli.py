@@ -19,7 +19,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from fst_fast.config import MODES, PRESETS, Config, check, check_installed, from_dict, preset
-from fst_fast.errors import EngineError, UserError, quoted
+from fst_fast.errors import EngineError, Terminated, UserError, quoted
 from fst_fast.files import DISK_FULL
 from fst_fast.launch import QUIET, record, say
 from fst_fast.plan import PlanOptions
@@ -75,18 +75,19 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--mode", "--config-file", "--model.path", "--plan.model", "--resume"):
         early.add_argument(name, default="")
-    early.add_argument("--ranks", default=0, type=_rank_count)
+    early.add_argument("--ranks", default="0")
     try:
         known, others = early.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
+    ranks = _rank_count(known.ranks)
     if any(word.startswith("--resume") for word in argv):
         defaults = (known.preset, known.mode, known.config_file, getattr(known, "model.path"))
         if planning or others or any(defaults) or not known.resume:
             raise UserError(
                 "--resume takes a run directory and no other flag but --ranks: a run goes on as it was configured"
             )
-        return TrainCommand(resume=known.resume, ranks=known.ranks)
+        return TrainCommand(resume=known.resume, ranks=ranks)
     data = read_toml(known.config_file) if known.config_file else {}
     if _is_dir_of(data.get("run_dir"), known.config_file):  # it is that run's config.toml
         del data["run_dir"]
@@ -171,6 +172,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run a command: 2 and one sentence on what the user can mend, 130 when interrupted, with what the exception
     says of going on. Other errors propagate, that of a dead engine with its traceback and a sentence."""
     threading.excepthook = _thread_error
+    if not launched():  # the launcher's word is heard
+        signal.signal(signal.SIGTERM, _terminated)
     if {"-h", "--help", "--plan"} & set(sys.argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head`
     try:
@@ -184,6 +187,10 @@ def run(main: Callable[[list[str]], None]) -> None:
         if isinstance(error, EngineError):
             traceback.print_exc()
         sys.exit(say(sentence, code))
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise Terminated
 
 
 def _leave(error: BaseException, sentence: str, code: int) -> NoReturn:
@@ -213,6 +220,8 @@ def _verdict(error: BaseException) -> tuple[str, int]:
             return f"error: {name}: {error.strerror}", 2
         case EngineError():
             return f"error: {error}; --resume continues from the last checkpoint", 1
+        case Terminated():
+            return "; ".join(["stopped by SIGTERM", *map(str, error.args)]), 128 + signal.SIGTERM
         case KeyboardInterrupt():
             return "; ".join(["interrupted", *map(str, error.args)]), 130
     return "", 1

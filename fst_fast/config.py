@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -19,6 +19,7 @@ from fst_fast.errors import UserError, quoted
 from fst_fast.tasks.jsonl import JsonlOptions
 from fst_fast.tasks.published import PublishedOptions
 
+T = TypeVar("T")
 Mode = Literal["fst", "rl", "gepa", "rl-then-gepa", "fst-distill"]
 Recompute = Literal["off", "selective", "full"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -77,11 +78,11 @@ class FastConfig:
     """K: prompts that share the rollouts of a group."""
     every: Few = 6
     """T: steps between two GEPA cycles."""
-    proposals: Count = 8
+    proposals: Few = 8
     """Children GEPA proposes a cycle."""
-    first_proposals: Count = 24
+    first_proposals: Few = 24
     """The same for the first cycle of a run or of a stage, where everything has to be found."""
-    parallel: Count = 8
+    parallel: Few = 8
     """Proposals made and evaluated at once."""
     minibatch: Count = 3
     """Problems a proposal is reflected and accepted on."""
@@ -98,7 +99,7 @@ class FastConfig:
     """Mode fst: rollouts that scored the population fill part of the same problems' groups."""
     reuse_cap: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Largest part of a group that is reused."""
-    pool: Count = 10
+    pool: Few = 10
     """Prompts carried from cycle to cycle, chosen by greedy coverage; the first K of them are the population."""
     newly_solved: Count = 2
     """A child that does not raise its minibatch's sum is accepted too if it newly solves this many problems."""
@@ -339,7 +340,7 @@ def preset(name: str, mode: Mode) -> Config:
 
 def check(config: Config) -> None:
     """Reject what cannot work, before any work. Raises UserError."""
-    _validate(asdict(config), prefix="")
+    validated(Config, asdict(config))
     size, k = config.rollout.group_size, config.fast.population
     if config.mode == "fst" and size % k:
         fitting = [d for d in range(1, size + 1) if size % d == 0]
@@ -426,13 +427,17 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def from_dict(data: dict[str, Any], default: Config, *, source: str) -> Config:
     """`default` with the fields of parsed TOML. Unknown fields and wrong types raise UserError naming them."""
-    return _validate(_merge(asdict(default), data, source), prefix=f"{source}: ")
+    return validated(Config, _merge(asdict(default), data, source), prefix=f"{source}: ")
 
 
-def _validate(data: dict[str, Any], *, prefix: str) -> Config:
+def validated(kind: type[T], data: dict[str, Any], *, prefix: str = "") -> T:
+    """`kind(**data)`, deeply; UserError for the first field of a wrong type or out of its range."""
+    for name, value in flat(data).items():
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{prefix}{name} = {quoted(value)}: is not valid UTF-8; use another name")
     try:
         # JSON mode: strict types, but a list may stand for a tuple
-        return TypeAdapter(Config).validate_json(json.dumps(data, default=str), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

@@ -9,6 +9,10 @@ class EngineError(RuntimeError):
     """A rollout engine died, hangs, or gives what cannot be trained on. Exit code 1; the last checkpoint is good."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as of a queue whose time is up: taken like Ctrl-C. Exit code 143."""
+
+
 def quoted(value: object, limit: int = 80) -> str:
     """`repr(value)` for a sentence, in at most `limit` characters: what is left out is an ellipsis before the end."""
     text = repr(value)

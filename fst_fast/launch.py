@@ -71,7 +71,8 @@ def launch(count: int, argv: Sequence[str]) -> int:
     except ChildFailedError as error:
         return say(*_sentence(*_cause(error.failures)))
     except SignalException as error:
-        return say(f"stopped by {error.sigval.name}; --resume continues from the last checkpoint", 128 + error.sigval)
+        sentence = f"stopped by {error.sigval.name}; --resume continues from the last checkpoint, if there is one yet"
+        return say(sentence, 128 + error.sigval)
     return 0
 
 

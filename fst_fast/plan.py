@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, get_args
 
 from pydantic import Field
 
-from fst_fast.config import Config, Recompute, check
+from fst_fast.config import Config, Recompute, check, validated
 from fst_fast.errors import UserError
 from fst_fast.memory import FRAGMENTS, GIB, Layout, Part, host_parts, kv_room, parts, peak
 from fst_fast.model import GLYPH_BASE
@@ -222,6 +222,7 @@ def reflection_tokens(config: Config, options: PlanOptions, lengths: Lengths) ->
 def lines(config: Config, options: PlanOptions) -> Iterator[str]:
     """The plan, for people. UserError for what cannot work or fit."""
     check(config)
+    validated(PlanOptions, asdict(options), prefix="plan.")
     if config.slow.lora_rank:
         raise UserError("slow.lora_rank: a plan knows the training of all weights alone; use 0 for an upper bound")
     target = target_of(config, options)

@@ -6,7 +6,10 @@ process on its own is `Ranks()`, where all of this does nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # The others wait while rank 0 asks a reflector; a rank that dies is noticed by the launcher.
 TIMEOUT = timedelta(hours=1)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ def joined(device: str) -> Iterator[Ranks]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    if sys.platform == "linux":  # when the launcher is killed nobody would stop this process
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -91,14 +91,14 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks |
 
 @contextmanager
 def resumable(run_dir: Path) -> Iterator[None]:
-    """An interrupt inside says how the run goes on."""
+    """An interrupt inside, Ctrl-C or SIGTERM, says how the run goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if not (run_dir / "config.toml").is_file():
             raise
         command = f"python -m fst_fast.train --resume {shlex.quote(str(run_dir))}"
-        raise KeyboardInterrupt(f"{command} continues from the last checkpoint") from None
+        raise type(error)(f"{command} continues from the last checkpoint") from None
 
 
 if __name__ == "__main__":

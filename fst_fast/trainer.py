@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,8 @@ BASE_VERSION = -1  # policy_version of what the frozen base model sampled
 def check_empty(run_dir: Path, *, resume: bool) -> None:
     """UserError for a new run in a directory that has something in it."""
     if not resume and run_dir.exists() and any(not p.name.startswith(".") for p in run_dir.iterdir()):
-        raise UserError(f"run_dir: {run_dir} is not empty; choose another, or continue it with --resume {run_dir}")
+        resume_it = f"--resume {shlex.quote(str(run_dir))}"
+        raise UserError(f"run_dir: {run_dir} is not empty; choose another, or continue it with {resume_it}")
 
 
 def check_shared(run_dir: Path, ranks: Ranks) -> None:

@@ -125,6 +125,7 @@ def scored(newcomers: tuple[float, ...], problems: int, config: Config) -> float
     from fst_fast.records import Problem, Prompt
 
     dice, asked, played = random.Random(0), 0, min(problems, 256)  # more differ in nothing but their number
+    crowd = max(1.0, sum(newcomers) / 256)  # nor do more prompts
 
     def score(pairs: Sequence[tuple[Prompt, Problem]]) -> list[float]:
         nonlocal asked
@@ -135,9 +136,9 @@ def scored(newcomers: tuple[float, ...], problems: int, config: Config) -> float
     race = Race([Problem(str(i), {}) for i in range(played)], score, keep=config.fast.population,
                 pauses=config.fast.race, blind=blind)  # fmt: skip
     for group, size in enumerate(newcomers):
-        if round(size):
-            race.enter([Prompt(f"{group} {i}") for i in range(round(size))])
-    return asked * problems / played
+        if entering := round(size / crowd):
+            race.enter([Prompt(f"{group} {i}") for i in range(entering)])
+    return asked * problems / played * crowd
 
 
 class Speed(Protocol):

@@ -204,6 +204,11 @@ def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytes
     ("flags", "said"),
     [
         (["--plan.gpus", "1"], "--plan.gpus"),
+        (["--plan.gpus", "0"], "plan.gpus = 0: must be greater than or equal to 1"),
+        (["--plan.node", "0"], "plan.node = 0: must be"),
+        (["--plan.live", "nan"], "plan.live = nan: must be"),
+        (["--plan.live", "-1"], "plan.live = -1.0: must be"),
+        (["--plan.prompt-tokens", "-1000"], "plan.prompt_tokens = -1000: must be"),
         (["--rollout.engine", "vllm", "--rollout.gpu-memory", "0.1"], "rollout.gpu_memory = 0.1"),
         (["--rollout.max-new-tokens", "50000"], "rollout.max_new_tokens = 50000: with 600 tokens of prompt"),
         (["--plan.gpu", "tpu"], "plan.gpu = 'tpu': rates are known of h100, h200, a100, cpu"),
@@ -367,6 +372,7 @@ def test_a_race_costs_less_than_scoring_everybody_to_the_end() -> None:
     everybody = replace(GLYPH, fast=replace(GLYPH.fast, race=False))
     assert scored((10,), 24, everybody) == 240
     assert 24 * 4 < scored((10,), 24, GLYPH) < 240
+    assert scored((10_000,), 24, GLYPH) == pytest.approx(10_000 / 250 * scored((250,), 24, GLYPH), rel=0.1)
     assert scored((10,), 24 * 10**6, GLYPH) == pytest.approx(10**6 * scored((10,), 24, GLYPH), rel=0.2)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,11 +130,27 @@ def test_any_causal_lm_folder_and_any_jsonl_file_run_on_day_one(family: str, tmp
         assert step["truncated"] == sum(r["finish_reason"] == "length" for r in used) / 16 > 0
 
 
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, "130", "interrupted"), (signal.SIGTERM, "143", "stopped by SIGTERM")]
+)
 def test_interrupted_a_run_says_how_it_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    code: str,
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     run = tmp_path / "my run"
     argv = ["train", "--run-dir", str(run), "--stream", "glyph:A@1", "--mode", "rl", "--eval.problems", "2"]
@@ -144,9 +162,9 @@ def test_interrupted_a_run_says_how_it_goes_on(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, when, interrupted)
-            with pytest.warns(UserWarning, match=r"--jsonl\.\* have no effect"), pytest.raises(SystemExit, match="130"):
+            with pytest.warns(UserWarning, match=r"--jsonl\.\* have no effect"), pytest.raises(SystemExit, match=code):
                 cli.run(main)
-        assert capsys.readouterr().err == f"interrupted{said}\n"
+        assert capsys.readouterr().err == f"{word}{said}\n"
         assert run.exists() == (when == "learn")
 
 

@@ -162,28 +162,53 @@ class UserFunction:
     def __call__(self, row: Row, response: str) -> Verdict:
         try:
             result = self.function(dict(row), response)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             where = traceback.extract_tb(e.__traceback__)[:2][-1]  # in the function itself, where it got that far
             raise UserError(
-                f"jsonl.verifier: {self.name} raised {type(e).__name__} ({e}) in {where.filename}, line "
-                f"{where.lineno}, on the problem {quoted(dict(row), 300)} and the response {quoted(response, 300)}; "
-                "mend it, then --resume."
+                f"jsonl.verifier: {self.name} raised {_named(e)} in {where.filename}, line {where.lineno}, on the "
+                f"problem {quoted(dict(row), 300)} and the response {quoted(response, 300)}; mend it, then --resume."
             ) from e
-        match result:
-            case Verdict():
-                verdict = result
-            case bool() | int() | float():
-                verdict = Verdict(float(result), "correct." if result == 1 else f"the reward is {float(result):g}.")
-            case (bool() | int() | float() as reward, str() as feedback):
-                verdict = Verdict(float(reward), feedback)
-            case _:
-                raise UserError(
-                    f"jsonl.verifier: {self.name} returned {quoted(result)}; "
-                    "it must return a reward from 0 to 1, (reward, feedback) or a Verdict."
-                )
+        verdict = _verdict(result)
+        if verdict is None:
+            raise UserError(
+                f"jsonl.verifier: {self.name} returned {quoted(result)}; "
+                "it must return a reward from 0 to 1, (reward, feedback) or a Verdict."
+            )
         if not 0 <= verdict.reward <= 1:
             raise UserError(f"jsonl.verifier: {self.name} returned the reward {verdict.reward}; it must lie in [0, 1].")
         return verdict
+
+
+def _verdict(result: object) -> Verdict | None:
+    """Of what a user's function returned, its numbers of any type that is one; None when it is nothing of the kind."""
+    feedback: object = None
+    parts: object = {}
+    match result:
+        case Verdict(reward, feedback, parts):
+            alone = False
+        case (reward, feedback):
+            alone = False
+        case reward:
+            alone = True
+    if not isinstance(parts, Mapping) or not all(isinstance(name, str) for name in parts):
+        return None
+    numbers = [reward, *parts.values()]
+    if not all(hasattr(x, "__float__") for x in numbers):
+        return None
+    try:
+        found, *others = map(float, numbers)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # arrays, huge integers, tensors of several
+        return None
+    if alone:
+        feedback = "correct." if found == 1 else f"the reward is {found:g}."
+    if not isinstance(feedback, str) or not all(map(math.isfinite, others)):
+        return None
+    return Verdict(found, feedback, dict(zip(parts, others, strict=True)))
+
+
+def _named(error: BaseException) -> str:
+    """An exception on one line, of a text that may have any."""
+    return f"{type(error).__name__} ({' '.join(str(error).split()):.300})"
 
 
 def _import(name: str) -> Callable[[dict[str, Any], str], Any]:
@@ -193,13 +218,14 @@ def _import(name: str) -> Callable[[dict[str, Any], str], Any]:
     _, module, function = parts
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
+    except (Exception, SystemExit) as e:  # whatever a module's code may raise
         raise UserError(
-            f"jsonl.verifier: {name!r} cannot be imported ({e}); MODULE must be on PYTHONPATH or in the current "
+            f"jsonl.verifier: {name!r} cannot be imported: {_named(e)}; MODULE must be on PYTHONPATH or in the current "
             "directory, and define FUNCTION."
         ) from e
-    if not callable(found):
-        raise UserError(f"jsonl.verifier: {name!r} is a {type(found).__name__}, not a function.")
+    if not callable(found) or inspect.iscoroutinefunction(found):
+        what = "coroutine function" if callable(found) else type(found).__name__
+        raise UserError(f"jsonl.verifier: {name!r} is a {what}, not a function.")
     try:
         inspect.signature(found).bind({}, "")
     except TypeError as e:

@@ -147,9 +147,11 @@ GOOD = {"problem": "p", "answer": "a"}
         ([GOOD], {"slice_field": "kind"}, r"there is no field 'kind', .*jsonl\.slice_field"),
         ([GOOD], {"verifier": "exakt"}, r"jsonl\.verifier: 'exakt' is not known; choose exact, numeric,"),
         ([GOOD], {"verifier": "python:os"}, "must have the form python:MODULE:FUNCTION"),
-        ([GOOD], {"verifier": "python:no_such_module:f"}, "cannot be imported .*No module named 'no_such_module'"),
-        ([GOOD], {"verifier": "python:os:no_such_function"}, "cannot be imported .*no_such_function"),
+        ([GOOD], {"verifier": "python:no_such_module:f"}, "cannot be imported: .*No module named 'no_such_module'"),
+        ([GOOD], {"verifier": "python:os:no_such_function"}, "cannot be imported: .*no_such_function"),
         ([GOOD], {"verifier": "python:os:sep"}, "is a str, not a function"),
+        ([GOOD], {"verifier": "python:asyncio:sleep"}, "is a coroutine function, not a function"),
+        ([GOOD], {"verifier": "python:..os:sep"}, "cannot be imported: TypeError"),
         ([GOOD], {"verifier": "python:os.path:normcase"}, r"cannot be called .*response \(.*; it is normcase\(s\)"),
         ([GOOD], {"verifier": "numeric"}, "line 1: field 'answer' is 'a'; the verifier numeric needs a finite number"),
         ([{"problem": "p", "answer": "1e999"}], {"verifier": "numeric"}, "needs a finite number"),
@@ -312,6 +314,9 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Veri
         ("return 0.25", Verdict(0.25, "the reward is 0.25.")),
         ("return 0.5, 'half of ' + response", Verdict(0.5, "half of yes")),
         ("return Verdict(1.0, 'good', {'a': 1.0})", Verdict(1.0, "good", {"a": 1.0})),
+        ("import numpy; return numpy.float32(0.5)", Verdict(0.5, "the reward is 0.5.")),
+        ("import numpy; return numpy.bool_(True), 'yes'", Verdict(1.0, "yes")),
+        ("import torch; return Verdict(torch.tensor(0.5), '', {'a': torch.tensor(2)})", Verdict(0.5, "", {"a": 2.0})),
     ],
 )
 def test_a_users_function_may_return_a_reward_feedback_or_a_verdict(
@@ -321,7 +326,27 @@ def test_a_users_function_may_return_a_reward_feedback_or_a_verdict(
 
 
 @pytest.mark.parametrize(
-    "body", ["return None", "return 'yes'", "return 1, 2", "return 2", "return -0.1", "return float('nan')"]
+    "body",
+    [
+        "return None",
+        "return 'yes'",
+        "return 1, 2",
+        "return 2",
+        "return -0.1",
+        "return float('nan')",
+        "return 10 ** 400",
+        "return 1j",
+        "import numpy; return numpy.ones(2)",
+        "import torch; return torch.ones(3)",
+        "return '0.5', 'well'",
+        "return Verdict('1', 'x')",
+        "return Verdict(1.0, b'x')",
+        "return Verdict(1.0, None)",
+        "return Verdict(1.0, 'x', None)",
+        "return Verdict(1.0, 'x', {'a': {1}})",
+        "return Verdict(1.0, 'x', {'a': float('nan')})",
+        "return Verdict(1.0, 'x', {1: 1.0})",
+    ],
 )
 def test_a_wrong_return_value_is_refused(own: Callable[[str], Verifier], body: str) -> None:
     with pytest.raises(UserError, match=r"jsonl\.verifier: python:own_.*:f returned .*; it must"):
@@ -338,6 +363,12 @@ def test_what_a_users_function_raises_is_told_with_its_line_the_problem_and_the_
         own("return problem['absent']")({"problem": "what?"}, "the response")
     with pytest.raises(UserError, match=r"JSONDecodeError .*own_.*\.py, line 2"):  # not the library's line
         own("import json; return json.loads(response)")({"problem": "what?"}, "no JSON")
+    with pytest.raises(UserError, match=r"raised SystemExit \(3\) in .*own_.*\.py, line 2"):
+        own("raise SystemExit(3)")({"problem": "what?"}, "the response")
+    with pytest.raises(UserError, match=r"raised ValueError \(two lines\) in"):
+        own("raise ValueError('two\\nlines')")({"problem": "what?"}, "the response")
+    with pytest.raises(UserError, match=r"cannot be imported: SyntaxError \(.*own_.*\.py, line 2\)"):
+        own("return (")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
