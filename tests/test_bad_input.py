@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from fst_fast import checkpoint, cli, compare, evaluate, report, train, trainer
 from fst_fast.config import RolloutConfig
+from fst_fast.errors import UserError
 from fst_fast.model import GLYPH_BASE, Model, load_model
 from fst_fast.records import Prompt
 from fst_fast.rollout import make_engine
@@ -415,7 +416,8 @@ def test_an_evaluation_of_what_the_run_was_not(
         assert f"not those that {finished} was begun with" in refuse.sentence(evaluate.main, finished)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "without torchrun" in refuse.sentence(evaluate.main, finished)
+    with pytest.raises(UserError, match="without torchrun"):
+        evaluate.main([str(finished)])
 
 
 def test_a_report_that_cannot_be_written(finished: Path, refuse: Refusals) -> None:
