@@ -19,7 +19,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from fst_fast.config import MODES, PRESETS, Config, check, check_installed, from_dict, preset
-from fst_fast.errors import EngineError, Terminated, UserError, quoted
+from fst_fast.errors import EngineError, Terminated, UserError, quoted, terminated
 from fst_fast.files import DISK_FULL
 from fst_fast.launch import QUIET, record, say
 from fst_fast.plan import PlanOptions
@@ -173,7 +173,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     says of going on. Other errors propagate, that of a dead engine with its traceback and a sentence."""
     threading.excepthook = _thread_error
     if not launched():  # the launcher's word is heard
-        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGTERM, terminated)
     if {"-h", "--help", "--plan"} & set(sys.argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head`
     try:
@@ -187,10 +187,6 @@ def run(main: Callable[[list[str]], None]) -> None:
         if isinstance(error, EngineError):
             traceback.print_exc()
         sys.exit(say(sentence, code))
-
-
-def _terminated(number: int, frame: object) -> NoReturn:
-    raise Terminated
 
 
 def _leave(error: BaseException, sentence: str, code: int) -> NoReturn:

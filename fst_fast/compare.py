@@ -26,7 +26,7 @@ from rich.text import Text
 
 from fst_fast.cli import config_from, read_config, run
 from fst_fast.config import Config, flat, stages
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, terminated
 from fst_fast.plots import group_runs, plot_comparison
 from fst_fast.report import caveats, comparison, write_report
 from fst_fast.runs import parse, read_run
@@ -173,7 +173,7 @@ def work(jobs: Sequence[Job], parallel: int) -> None:
         for job in jobs:
             job.done = (job.dir / job.last).is_file()
         whole = progress.add_task("runs", total=len(jobs))
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        before = signal.signal(signal.SIGTERM, terminated)
         try:
             while not all(job.done for job in jobs):
                 running = [job for job in jobs if job.process and not job.done]
@@ -187,8 +187,8 @@ def work(jobs: Sequence[Job], parallel: int) -> None:
                 for job in running:
                     follow(job, progress, console)
                 time.sleep(0.2)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command goes on where it stopped") from None
+        except KeyboardInterrupt as error:
+            raise type(error)("the same command goes on where it stopped") from None
         finally:
             signal.signal(signal.SIGTERM, before)
             for job in jobs:
@@ -215,7 +215,7 @@ def run_module(module: str, argv: Sequence[str], run_dir: Path) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.argv = [module, *argv]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it took is written down also when it is stopped
+    signal.signal(signal.SIGTERM, terminated)  # what it took is written down also when it is stopped
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:

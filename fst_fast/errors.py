@@ -1,5 +1,8 @@
 """The exceptions that the command line turns into a sentence."""
 
+import signal
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """What a user can mend: a bad field, file or model, and what would do. Exit code 2."""
@@ -11,6 +14,12 @@ class EngineError(RuntimeError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as of a queue whose time is up: taken like Ctrl-C. Exit code 143."""
+
+
+def terminated(number: int, frame: object) -> NoReturn:
+    """A signal handler; a second SIGTERM ends the process."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Terminated
 
 
 def quoted(value: object, limit: int = 80) -> str:

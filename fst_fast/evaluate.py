@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fst_fast.cli import read_config, run
-from fst_fast.config import INSTRUCTIONS, EvalConfig, check, stages
+from fst_fast.config import INSTRUCTIONS, EvalConfig, check, check_installed, stages
 from fst_fast.errors import UserError
 from fst_fast.model import Model, load_model
 from fst_fast.ranks import Ranks, launched
@@ -232,6 +232,7 @@ def evaluate_run(command: EvaluateCommand) -> tuple[dict[str, Any], dict[str, st
     config = read_config(command.run)
     settings = replace(config.eval, samples=command.samples, problems=command.problems or config.eval.problems)
     check(replace(config, eval=settings))
+    check_installed(replace(config, wandb=False, slow=replace(config.slow, lora_rank=0)))  # whose packages are not used
     if launched():
         raise UserError("evaluate works in one process, on one GPU: start it without torchrun")
     folder = checkpoint.latest(command.run)
@@ -257,6 +258,8 @@ def evaluate_run(command: EvaluateCommand) -> tuple[dict[str, Any], dict[str, st
     population, best = deployed(config.mode, state, task)
     prompts = [best, *population, Prompt(task.seed_prompt)]
     check_room(model, task, prompts, longest_problem(model, task), config.rollout.max_new_tokens)
+    if ood:
+        check_room(model, ood, [Prompt(ood.seed_prompt)], longest_problem(model, ood), config.rollout.max_new_tokens)
     sampling = SamplingParams(config.rollout.temperature, config.rollout.max_new_tokens)
     none = Prompt("")  # no system prompt at all: what the weights do alone
     with tempfile.TemporaryDirectory() as scratch:  # these rollouts are not the run's

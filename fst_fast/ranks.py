@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # The others wait while rank 0 asks a reflector; a rank that dies is noticed by the launcher.
 TIMEOUT = timedelta(hours=1)
+SILENCE = timedelta(minutes=5)  # of a thread that has nothing else to do
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -132,10 +133,10 @@ def joined(device: str) -> Iterator[Ranks]:
 @contextmanager
 def watched() -> Iterator[None]:
     """End this process when one of another machine is gone. On one machine the launcher does that; over several nobody
-    would before NCCL's watchdog, half an hour later."""
+    would before NCCL's watchdog, half an hour later. Of a machine that is cut off it is noticed after SILENCE."""
     import torch.distributed as dist
 
-    group, leaving = dist.new_group(backend="gloo", timeout=TIMEOUT), Event()
+    group, leaving = dist.new_group(backend="gloo", timeout=SILENCE), Event()
 
     def watch() -> None:
         from fst_fast.launch import record, say
@@ -149,8 +150,11 @@ def watched() -> Iterator[None]:
                     return
                 leaving.wait(0.1 if last else 1.0)
         except BaseException as error:
-            time.sleep(2)  # what ended the other may be ending this one, with more to say
-            sentence = "a process on another machine has ended; --resume continues from the last checkpoint"
+            time.sleep(5)  # what ended the other may be ending this one, with more to say
+            sentence = (
+                "another process of the run has ended, and says why where it was started; --resume continues from the "
+                "last checkpoint, if there is one yet"
+            )
             record(error, sentence, 1)
             os._exit(say(f"error: {sentence}", 1))
 

@@ -15,7 +15,18 @@ from typing import Any
 import torch
 
 from fst_fast import checkpoint
-from fst_fast.config import Config, Stage, check, check_installed, evolves, pauses, proposals_of, stages, to_toml
+from fst_fast.config import (
+    Config,
+    Stage,
+    check,
+    check_installed,
+    evolves,
+    flat,
+    pauses,
+    proposals_of,
+    stages,
+    to_toml,
+)
 from fst_fast.context import check_context, room
 from fst_fast.data import make_order
 from fst_fast.errors import UserError
@@ -45,7 +56,7 @@ from fst_fast.slow.policy import Policy
 from fst_fast.slow.sharding import recompute, shard
 from fst_fast.state import State, fingerprint
 from fst_fast.tasks import make_task
-from fst_fast.tasks.task import Message, Task
+from fst_fast.tasks.task import Message
 from fst_fast.telemetry import Telemetry
 
 BASE_VERSION = -1  # policy_version of what the frozen base model sampled
@@ -81,14 +92,15 @@ def check_shared(run_dir: Path, ranks: Ranks) -> None:
 
 def check_alike(config: Config, inputs: str, ranks: Ranks) -> None:
     """UserError unless all ranks were given the same: each machine has a command and files of its own, and ranks that
-    train on different ones would do so without a word."""
-    settings = to_toml(replace(config, run_dir="", threads=0)).splitlines()
-    found = ranks.join([(settings, inputs)])
-    for rank, (theirs, their_inputs) in enumerate(found):
-        if theirs != found[0][0]:
-            apart = " and ".join(sorted(set(theirs) ^ set(found[0][0]))[:2])
-            raise UserError(f"ranks 0 and {rank} have other settings ({apart}); start the same command on all machines")
-        if their_inputs != found[0][1]:
+    train on different ones would do so without a word. The model may lie elsewhere on each."""
+    own = flat(asdict(replace(config, run_dir="", threads=0, model=replace(config.model, path=""))))
+    (first, files), *others = ranks.join([(own, inputs)])
+    for rank, (settings, theirs) in enumerate(others, 1):
+        for name, value in settings.items():
+            if value != first[name]:
+                apart = f"{name} is {first[name]!r} on rank 0 and {value!r} on rank {rank}"
+                raise UserError(f"{apart}; start the same command everywhere")
+        if theirs != files:
             raise UserError(
                 f"ranks 0 and {rank} have other problems or another base model; give every machine the same files"
             )
@@ -375,26 +387,23 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out reward and KL of what the run would deploy now."""
+        state, name = self.state, self.names[self.stage.index]
         with self.meter.phase("eval"):
-            found = self.held_out(self.task, self.names[self.stage.index], at=self.stage.place(self.state.step))
-        record = {"kind": "eval", **self._where(), **found, **asdict(self.state.totals), "time": self.meter.read()}
-        self.telemetry.write(record, prompt=self.state.best.text)
-
-    def held_out(self, task: Task, stream_name: str, *, at: float) -> dict[str, Any]:
-        """Metrics of the present weights and prompts on `task`, as it is at the place `at` of its stage (0 to 1)."""
-        return evaluate(
-            self.collector,
-            task,
-            self.model,
-            self.base,
-            *deployed(self.config.mode, self.state, task),
-            self.config.eval,
-            step=self.state.step,
-            micro_tokens=self.config.slow.micro_tokens,
-            key=(self.state.step, stream_name, self.state.cycle),
-            at=at,
-            ood=self.ood,
-        )
+            found = evaluate(
+                self.collector,
+                self.task,
+                self.model,
+                self.base,
+                *deployed(self.config.mode, state, self.task),
+                self.config.eval,
+                step=state.step,
+                micro_tokens=self.config.slow.micro_tokens,
+                key=(state.step, name, state.cycle),
+                at=self.stage.place(state.step),
+                ood=self.ood,
+            )
+        record = {"kind": "eval", **self._where(), **found, **asdict(state.totals), "time": self.meter.read()}
+        self.telemetry.write(record, prompt=state.best.text)
 
     def finish_stage(self) -> None:
         """Last evaluation of a stage; rl-then-gepa first evolves prompts for the finished weights."""

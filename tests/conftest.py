@@ -1,9 +1,18 @@
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the models are tiny, and the machine's other core has work of its own
+
+
+@pytest.fixture(autouse=True)
+def own_handler() -> Iterator[None]:
+    """`cli.run` of a test is not to be asked when pytest is stopped."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")

@@ -414,6 +414,12 @@ def test_an_evaluation_of_what_the_run_was_not(
     with monkeypatch.context() as patch:
         patch.setattr("fst_fast.state.fingerprint", lambda tasks, base: "of another model")
         assert f"not those that {finished} was begun with" in refuse.sentence(evaluate.main, finished)
+    shutil.copytree(finished, refuse.folder / "run")
+    config = refuse.folder / "run" / "config.toml"
+    config.write_text(config.read_text().replace('engine = "torch"', 'engine = "vllm"'))
+    with monkeypatch.context() as patch:
+        patch.setattr("fst_fast.config.find_spec", lambda name: None)
+        assert "vllm is not installed" in refuse.sentence(evaluate.main, refuse.folder / "run")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,14 +129,6 @@ def test_any_causal_lm_folder_and_any_jsonl_file_run_on_day_one(family: str, tmp
         assert step["truncated"] == sum(r["finish_reason"] == "length" for r in used) / 16 > 0
 
 
-@pytest.fixture
-def own_handlers() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.usefixtures("own_handlers")
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, "130", "interrupted"), (signal.SIGTERM, "143", "stopped by SIGTERM")]
 )

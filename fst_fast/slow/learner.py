@@ -181,7 +181,8 @@ class Learner:
             found: list[tuple[int, torch.Tensor, Metrics]] = []  # read when all is launched
             batches = self._micro_batches(rollouts, teachers)
             for k, (indices, counts) in enumerate(batches):
-                sum_over_machines(self.policy.model, k == len(batches) - 1)
+                # offloaded gradients would stay on the GPU until they are summed
+                sum_over_machines(self.policy.model, self.config.offload or k == len(batches) - 1)
                 micro = [samples[i] if counts else replace(samples[i], weight=0.0) for i in indices]
                 tokens = sum(len(s.rollout.response_ids) for s in micro)
                 loss, metrics = loss_of(micro, denominator)

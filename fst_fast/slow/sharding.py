@@ -44,7 +44,8 @@ def shard(model: Model, ranks: Ranks, *, offload: bool) -> None:
 
 def sum_over_machines(model: Model, now: bool) -> None:
     """Whether the next backward pass sums gradients over machines that hold the same shards (HSDP), with those of the
-    passes before that did not: networks between machines are slow, and the last micro-batch's time is enough."""
+    passes before that did not: networks between machines are slow, and the last micro-batch's time is enough. The
+    head's are summed every time: fst_kernels makes them, not FSDP."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.lm.modules() if model.sharded else ():

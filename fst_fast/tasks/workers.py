@@ -47,12 +47,17 @@ class Workers:
         worker = self._idle.get()
         try:
             worker = worker or self._start()
-            answer = worker.ask(line, seconds)
+            answer = worker.line(seconds, line)
             if not answer:
                 worker.end()
                 worker = None
                 return None
             return json.loads(answer)
+        except BaseException:  # an interrupt: its answer would be taken for that to the next question
+            if worker:
+                worker.end()
+                worker = None
+            raise
         finally:
             self._idle.put(worker)
 
@@ -61,7 +66,9 @@ class Workers:
         said = worker.line(START)
         if not said:
             worker.end()
-            raise RuntimeError(f"the {self._name} process did not start; its error stands above")
+            raise RuntimeError(
+                f"the {self._name} process did not start within {START:g} s; its error, if any, stands above"
+            )
         self._greeted(json.loads(said))
         return worker
 
@@ -75,22 +82,18 @@ class _Worker:
         )
         self.end = weakref.finalize(self, _end, self._process)  # also when the pool is gone
 
-    def ask(self, line: bytes, seconds: float) -> bytes:
+    def line(self, seconds: float, question: bytes = b"") -> bytes:
+        """What it says next, to `question`; b"" when it died or is killed for its silence."""
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return b""
-        return self.line(seconds)
-
-    def line(self, seconds: float) -> bytes:
-        """What it says next; b"" when it died or is killed for its silence."""
         assert self._process.stdout is not None
         deadline = threading.Timer(seconds, self._process.kill)
         deadline.start()
         try:
+            self._process.stdin.write(question)
+            self._process.stdin.flush()
             line = self._process.stdout.readline()
+        except BrokenPipeError:
+            return b""
         finally:
             deadline.cancel()
         return line if line.endswith(b"\n") else b""  # it was killed while it wrote

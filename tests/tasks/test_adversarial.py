@@ -1,6 +1,6 @@
 """200 answers a task that try its verifier: right ones in odd formats, wrong ones in tempting formats.
 
-What is right was decided by reading, not by the verifier. `pytest -s` prints the rates that the README states.
+What is right was decided by reading, not by the verifier. `pytest -s` prints the rates that docs/tasks.md states.
 """
 
 from collections.abc import Callable, Sequence

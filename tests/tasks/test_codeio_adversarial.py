@@ -1,7 +1,7 @@
 """More than 200 answers that try the verifier of codeio: right ones in odd formats, wrong ones in tempting formats.
 
 What is right was decided by reading, not by the verifier: it is what a person who knows the program would accept.
-`pytest -s` prints the rates that the README states.
+`pytest -s` prints the rates that docs/tasks.md states.
 """
 
 import json

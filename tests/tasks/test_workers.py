@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def test_who_hangs_dies_or_says_half_a_line_is_replaced() -> None:
         assert workers.ask(["well", k], 30) == ["well", k]
         assert workers.ask([word], 0.5 if word == "hang" else 30) is None
     assert workers.ask(None, 30) is None  # an answer, too
+    deaf = Workers("deaf", lambda: [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], size=1)
+    assert deaf.ask("x" * 10**6, 0.5) is None  # a question that does not even leave
     assert greetings == [1] * 4
 
 
@@ -44,9 +47,11 @@ import sys, time
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from fst_fast.tasks.math_check import MathChecker
 checker = MathChecker()
+checker.check("1", "1")
 try:
-    print(checker.check("1", "1"), flush=True)
-    time.sleep(60)
+    print("now", flush=True)
+    checker.check("1", "$100000000!$")  # 10 seconds
+    print("too late")
 except KeyboardInterrupt:
     print(checker.check("2", "2"))
 """
@@ -58,6 +63,7 @@ except KeyboardInterrupt:
         start_new_session=True,
     ) as trainer:
         assert trainer.stdout is not None
-        assert trainer.stdout.readline() == "right\n"
+        assert trainer.stdout.readline() == "now\n"
+        time.sleep(0.5)  # in the midst of a question
         os.killpg(trainer.pid, signal.SIGINT)
         assert trainer.communicate(timeout=60) == ("right\n", "")
