@@ -446,6 +446,15 @@ def test_shares_are_contiguous_and_of_about_equal_cost() -> None:
     assert Ranks(0, 3).split([]) == [[], [], []]
 
 
+def test_the_thread_that_saves_asks_nothing_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To it the current device is the first one, of every rank: a context there for each."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("current_stream", "current_device", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, Mock(side_effect=AssertionError(f"torch.cuda.{name}")))
+    checkpoint._write(tmp_path / "trainer", {"masters": {"w": torch.ones(3)}, "updates": 1}, Ranks())
+    assert (tmp_path / "trainer" / ".metadata").is_file()
+
+
 def test_a_checkpoint_written_beside_the_run_is_of_the_moment_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.engine import Request
 from fst_fast.rollout.torch_engine import TorchEngine
 from fst_fast.slow.advantage import advantages, group_by_problem, has_signal
-from fst_fast.slow.learner import Learner, token_kl
+from fst_fast.slow.learner import Learner, by_rollout, token_kl
 from fst_fast.slow.policy import Policy, micro_batches, response_hidden
 from tests.models import FAMILIES, save_tiny, tiny
 
@@ -168,6 +168,14 @@ def test_minibatches_split_groups_and_step_once_each(model: Model, base: Model) 
     report = Learner(policy, base, config).step(groups, random.Random(0))
     assert policy.updates == 2
     assert report.live_groups == 4
+
+
+def test_what_ranks_tell_each_other_of_a_rollout_is_its_own_alone(model: Model) -> None:
+    rollouts = [r for g in make_groups(model) for r in g.rollouts]
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    for r, log_ratios in by_rollout(rollouts, torch.zeros(tokens)):
+        assert len(log_ratios) == len(r.response_ids)
+        assert log_ratios.untyped_storage().nbytes() == 4 * len(r.response_ids)  # all of it is pickled
 
 
 def test_machines_sum_their_gradients_once_an_update(

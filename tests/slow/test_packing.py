@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from hypothesis import strategies as st
 from fst_fast.config import SlowConfig
 from fst_fast.errors import UserError
 from fst_fast.model import Model
+from fst_fast.ranks import Ranks
 from fst_fast.records import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
 from fst_fast.shape import PassWork
 from fst_fast.slow import tree_attention as tree
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
 from fst_fast.slow.packing import MIN_SAVING, pack, packed_batches, packed_states, prepare
-from fst_fast.slow.policy import response_hidden, response_states
+from fst_fast.slow.policy import Policy, response_hidden, response_states
 from tests.models import tiny
 from tests.slow.test_learner import Recorder
 
@@ -228,3 +230,24 @@ def test_a_model_that_cannot_is_refused_or_left_unpacked(family: str, why: str, 
         Learner(Recorder(model, config), model, config)
     auto = replace(config, pack="auto")
     assert Learner(Recorder(model, auto), model, auto)._states is response_states
+
+
+def test_ranks_pack_only_when_all_can(tmp_path: Path) -> None:
+    """What one of them does they gather weights for together."""
+    model = tiny("qwen3", tmp_path / "model")
+    others: list[str] = []
+    ranks = Ranks()
+    object.__setattr__(ranks, "join", lambda own: [*own, *others])
+    assert Learner(Policy(model, SlowConfig()), model, SlowConfig(), ranks)._packs
+    others.append("slow.pack = on: of another rank")
+    assert not Learner(Policy(model, SlowConfig()), model, SlowConfig(), ranks)._packs
+    with pytest.raises(UserError, match="of another rank"):
+        Learner(Policy(model, SlowConfig()), model, SlowConfig(pack="on"), ranks)
+
+
+def test_no_memory_is_not_taken_for_a_model_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("qwen3", tmp_path / "model")
+    for error, told in ((torch.OutOfMemoryError, torch.OutOfMemoryError), (RuntimeError, UserError)):
+        monkeypatch.setattr(tree, "install", Mock(side_effect=error("no")))
+        with pytest.raises(told):
+            prepare(model)
