@@ -207,7 +207,11 @@ class Trainer:
             problems = {p.id: p for t in self.tasks for p in t.train}
             start = self.state.reused.start
             self.store.scored = self.ranks.first(lambda: self.store.read_back(problems, start=start))
-        self.serve(self.store)
+        sampling = SamplingParams(config.rollout.temperature, config.rollout.max_new_tokens)
+        scheduler = Scheduler([self.engine], lookahead=config.rollout.lookahead)
+        totals, phase = self.state.totals, self.meter.phase
+        self.collector = Collector(self.model, scheduler, self.store, totals, sampling, config.seed, self.ranks, phase)
+        self.engine.load_weights(self.model, self.state.step)
         self.telemetry.log(f"resumed {run_dir} at step {step}" if resume else f"run directory: {run_dir}")
         self.meter.start(self.model.device, config.price_per_gpu_hour, self.telemetry.log, self.ranks)
         parts = ExitStack()
@@ -232,15 +236,6 @@ class Trainer:
         self.state = State.from_dict(saved)
         self.saved = self.state.step
         return saved["offsets"]
-
-    def serve(self, store: RolloutStore) -> None:
-        """Open the door to rollouts by the present weights."""
-        sampling = SamplingParams(self.config.rollout.temperature, self.config.rollout.max_new_tokens)
-        scheduler = Scheduler([self.engine], lookahead=self.config.rollout.lookahead)
-        totals, seed = self.state.totals, self.config.seed
-        phase = self.meter.phase
-        self.collector = Collector(self.model, scheduler, store, totals, sampling, seed, self.ranks, phase)
-        self.engine.load_weights(self.model, self.state.step)
 
     def save(self) -> None:
         """Checkpoint: a run resumed from here does, bit for bit, what this one does next."""
