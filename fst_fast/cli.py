@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from fst_fast.config import MODES, PRESETS, Config, check, check_installed, from_dict, preset
+from fst_fast.config import MODES, PRESETS, Config, check, check_installed, from_dict, lengthened, preset
 from fst_fast.errors import EngineError, Terminated, UserError, quoted, terminated
 from fst_fast.files import DISK_FULL
 from fst_fast.launch import QUIET, record, say
@@ -53,8 +53,8 @@ class TrainCommand:
     """TOML file with any of the fields below, e.g. the config.toml of another run, but for its run_dir; flags override
     it."""
     resume: str = ""
-    """Run directory to continue exactly where its last checkpoint stands; of the other flags only --ranks goes with
-    it."""
+    """Run directory to continue exactly where its last checkpoint stands. Of the other flags only --ranks goes with it,
+    and --stream, to go on behind the end: more steps of the last task, or more tasks."""
     ranks: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
     """Processes that train together, each with an engine and a share of the work; 0 = one per GPU, 1 without any. Not
     part of the run: it can be resumed on another number. Under torchrun its processes are the ranks."""
@@ -73,7 +73,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     planning = any(word == "--plan" or word.startswith("--plan.") for word in argv)
     argv = [word for word in argv if word != "--plan"]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--mode", "--config-file", "--model.path", "--plan.model", "--resume"):
+    for name in ("--preset", "--mode", "--config-file", "--model.path", "--plan.model", "--resume", "--stream"):
         early.add_argument(name, default="")
     early.add_argument("--ranks", default="0")
     try:
@@ -85,9 +85,12 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         defaults = (known.preset, known.mode, known.config_file, getattr(known, "model.path"))
         if planning or others or any(defaults) or not known.resume:
             raise UserError(
-                "--resume takes a run directory and no other flag but --ranks: a run goes on as it was configured"
+                "--resume takes a run directory and no other flag but --ranks and --stream: a run goes on as it was "
+                "configured"
             )
-        return TrainCommand(resume=known.resume, ranks=ranks)
+        config = read_config(Path(known.resume))
+        config = lengthened(config, known.stream) if known.stream else config
+        return TrainCommand(resume=known.resume, ranks=ranks, config=config)
     data = read_toml(known.config_file) if known.config_file else {}
     if _is_dir_of(data.get("run_dir"), known.config_file):  # it is that run's config.toml
         del data["run_dir"]

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fst_fast.errors import UserError, quoted
 from fst_fast.tasks.jsonl import JsonlOptions
+from fst_fast.tasks.mixture import drifts
 from fst_fast.tasks.published import PublishedOptions
 
 T = TypeVar("T")
@@ -268,6 +269,26 @@ def stages(stream: str) -> list[Stage]:
             )
         out.append(Stage(len(out), task, out[-1].end if out else 0, int(steps)))
     return out
+
+
+def lengthened(config: Config, stream: str) -> Config:
+    """`config` of a run that is to go on with `stream`: its own with more steps of the last task, more tasks behind
+    it, or both. Raises UserError for any other."""
+    old, new = stages(config.stream), stages(stream)
+    *before, last = old
+    at_least = [replace(s, steps=min(s.steps, last.steps)) if s.index == last.index else s for s in new]
+    if at_least[: len(old)] != [*before, last]:
+        raise UserError(
+            f"stream = {quoted(stream, 200)}: a run goes on with more steps of its last task, or more tasks behind it, "
+            f"and this one had {quoted(config.stream, 200)}"
+        )
+    if drifts(last.task) and new[last.index] != last:
+        raise UserError(
+            f"stream: {quoted(last.task, 200)} changes over the {last.steps} steps it was given; add a task behind it"
+        )
+    if config.mode == "rl-then-gepa" and new != old:
+        raise UserError("stream: rl-then-gepa cannot go on: its prompts are evolved for the weights of its last step")
+    return replace(config, stream=stream)
 
 
 # The embedded run, as measured: P 16, G 8, 2 minibatches, T 10, minibatch 8, 24 scored problems, pool 10.

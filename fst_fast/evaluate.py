@@ -247,7 +247,7 @@ def evaluate_run(command: EvaluateCommand) -> tuple[dict[str, Any], dict[str, st
     torch.set_num_threads(config.threads)
     loading = {k: v for k, v in asdict(config.model).items() if k != "path"}
     base = load_model(config.model.path, **loading)
-    if fingerprint([*tasks, *([ood] if ood else [])], base) != saved["inputs"]:
+    if saved["inputs"] != fingerprint(tasks, ood, base)[: len(saved["inputs"])]:
         raise UserError(
             f"run: the problems or the base model are not those that {command.run} was begun with; put the old ones "
             "back"

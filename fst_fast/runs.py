@@ -34,7 +34,7 @@ class Run:
     steps: tuple[Record, ...]
     evals: tuple[Record, ...]
     evolves: tuple[Record, ...]
-    end: Record | None
+    ends: tuple[Record, ...]  # more than one where a run's stream was made longer
     notes: tuple[str, ...] = ()
     lost: tuple[Record, ...] = ()  # costs of what was done behind a checkpoint that the run then went back to
 
@@ -75,8 +75,7 @@ class Run:
     @cached_property
     def spent(self) -> dict[str, float]:
         """Sums of the records' times (meter.py): seconds, those of each phase, GPU-hours, dollars, joules."""
-        ended = (self.end,) if self.end else ()
-        return summed(r.get("time", {}) for r in (*self.steps, *self.evals, *self.evolves, *self.lost, *ended))
+        return summed(r.get("time", {}) for r in (*self.steps, *self.evals, *self.evolves, *self.lost, *self.ends))
 
     def utilisation(self, rate: str, over: str) -> float | None:
         """Mean of a rate of the steps (mfu, step_mfu), weighted by the seconds `over` which it was taken."""
@@ -110,8 +109,7 @@ def read_run(run_dir: Path | str) -> Run:
     records = list(read_lines(run_dir / "metrics.jsonl", notes))
     names = ("step", "eval", "evolve", "lost", "end")
     kinds = {kind: tuple(r for r in records if r.get("kind") == kind) for kind in names}
-    end = kinds["end"][-1] if kinds["end"] else None
-    if end is None:
+    if not records or records[-1].get("kind") != "end":
         notes.append("This run has not ended: it is still going, or was stopped. Numbers are the latest, not final.")
     if kinds["lost"]:
         again = sum(r["time"].get("seconds", 0) for r in kinds["lost"])
@@ -132,7 +130,8 @@ def read_run(run_dir: Path | str) -> Run:
             f"{cut:.0%} of the last evaluation's responses were cut off at rollout.max_new_tokens = {limit}, "
             "and scored as they stood: what they would have come to is not known."
         )
-    return Run(run_dir, config, kinds["step"], kinds["eval"], kinds["evolve"], end, tuple(notes), kinds["lost"])
+    steps, evals, evolves, lost, ends = (kinds[kind] for kind in names)
+    return Run(run_dir, config, steps, evals, evolves, ends, tuple(notes), lost)
 
 
 def read_lines(path: Path, notes: list[str]) -> Iterator[Record]:

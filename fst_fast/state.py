@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,15 +16,22 @@ from fst_fast.rollout.reuse import Reused
 from fst_fast.tasks.task import Task
 
 
-def fingerprint(tasks: Sequence[Task], base: Model) -> str:
-    """Digest of what a run was begun with: its problems, and a sample of the base model's weights."""
-    digest = hashlib.sha256()
-    for task in tasks:
+def fingerprint(tasks: Sequence[Task], ood: Task | None, base: Model) -> list[str]:
+    """Digests of what a run was begun with: a sample of the base model's weights with the problems of `ood`, then the
+    problems of each stage, of which a run may be given more."""
+
+    def digest(parts: Iterable[str]) -> str:
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(part.encode("utf-8", "replace"))
+        return found.hexdigest()
+
+    def problems(task: Task) -> Iterator[str]:
         for problem in (*task.train, *task.validation):
-            digest.update(repr((problem.id, problem.slice, sorted(problem.data.items()))).encode("utf-8", "replace"))
-    for name, p in base.lm.named_parameters():
-        digest.update(f"{name} {list(p.shape)} {p.detach().flatten()[:64].tolist()}".encode())
-    return digest.hexdigest()
+            yield repr((problem.id, problem.slice, sorted(problem.data.items())))
+
+    weights = (f"{name} {list(p.shape)} {p.detach().flatten()[:64].tolist()}" for name, p in base.lm.named_parameters())
+    return [digest([*weights, *(problems(ood) if ood else ())]), *(digest(problems(task)) for task in tasks)]
 
 
 @dataclass

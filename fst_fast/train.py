@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fst_fast import checkpoint
-from fst_fast.cli import PlanCommand, parse_train, read_config, run
+from fst_fast.cli import PlanCommand, parse_train, run
 from fst_fast.config import Config, check, stages, without_effect
 from fst_fast.launch import launch, workers
 from fst_fast.model import model_folder
@@ -35,11 +35,10 @@ def main(argv: Sequence[str]) -> None:
     if isinstance(command, PlanCommand):
         print("\n".join(plan_lines(command.config, command.plan)))
         return
+    config = command.config
     if command.resume:
         run_dir = Path(command.resume)
-        config = read_config(run_dir)
     else:
-        config = command.config
         for section in () if launched() else without_effect(config):
             warnings.warn(f"the flags --{section}.* have no effect: no task of the stream reads them", stacklevel=1)
         run_dir = Path(config.run_dir or f"runs/{config.mode}-{datetime.now():%Y%m%d-%H%M%S}")

@@ -90,7 +90,7 @@ def check_shared(run_dir: Path, ranks: Ranks) -> None:
         raise UserError(f"run_dir: {run_dir} is another folder on each machine; give one that all of them share")
 
 
-def check_alike(config: Config, inputs: str, ranks: Ranks) -> None:
+def check_alike(config: Config, inputs: Sequence[str], ranks: Ranks) -> None:
     """UserError unless all ranks were given the same: each machine has a command and files of its own, and ranks that
     train on different ones would do so without a word. The model may lie elsewhere on each."""
     own = flat(asdict(replace(config, run_dir="", threads=0, model=replace(config.model, path=""))))
@@ -150,7 +150,7 @@ class Trainer:
         self.base = load_model(path, **loading)
         self.base.lm.requires_grad_(False)
         self.longest = check_context(self.base, self.tasks, self.ood, config)
-        self.inputs = fingerprint([*self.tasks, *([self.ood] if self.ood else [])], self.base)
+        self.inputs = fingerprint(self.tasks, self.ood, self.base)
         check_alike(config, self.inputs, self.ranks)
         self.shape = shape_of(self.base.lm, path)
         # of a mixture of experts the shape counts them all for every token: no utilisation then
@@ -176,7 +176,7 @@ class Trainer:
         check_engine(self.engine, self.model)
         self.checked_update = False
         self.state = State(best=Prompt(self.tasks[0].seed_prompt))
-        self.saved = -1  # step of the newest checkpoint
+        self.saved = self.evaluated = -1  # step of the newest checkpoint, and of an evaluation before it
         self.ahead: Batch | None = None  # the next step's
         self.evolving: Evolving | None = None
 
@@ -191,13 +191,12 @@ class Trainer:
             make_reflector(config.fast, config.reflector, t, self._generate, self.ranks)
             for t in (self.tasks if config.mode != "rl" else ())
         ]
-        if not resume:
-            self.ranks.first(lambda: write_atomic(run_dir / "config.toml", to_toml(config).encode()))
         offsets = self.restore() if resume else {}
         if self.state.complete:
             if self.ranks.main:
                 print(f"{run_dir} is complete: nothing is left to do")
             return nullcontext()
+        self.ranks.first(lambda: write_atomic(run_dir / "config.toml", to_toml(config).encode()))
         at = offsets.get
         steps, step = self.stages[-1].end, self.state.step
         self.telemetry = Telemetry(run_dir, config, steps, offset=at("metrics", 0), step=step, dry=dry)
@@ -227,7 +226,7 @@ class Trainer:
         if folder is None:
             return {}
         saved = self.ranks.first(lambda: checkpoint.read_state(folder))
-        if saved["inputs"] != self.inputs:
+        if saved["inputs"] != self.inputs[: len(saved["inputs"])]:
             raise UserError(
                 f"resume: the problems or the base model of {self.run_dir} are not those it was begun with; put the "
                 "old ones back, or start a new run"
@@ -235,6 +234,10 @@ class Trainer:
         checkpoint.load_policy(folder, self.policy, self.ranks)
         self.state = State.from_dict(saved)
         self.saved = self.state.step
+        ended = sum(stage.end <= self.state.step for stage in self.stages)
+        if ended < self.state.ended_stages:  # the last one was made longer
+            self.state.ended_stages, self.evaluated = ended, self.state.step
+        self.state.complete &= ended == len(self.stages)
         return saved["offsets"]
 
     def save(self) -> None:
@@ -382,6 +385,8 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out reward and KL of what the run would deploy now."""
+        if self.evaluated == self.state.step:
+            return
         state, name = self.state, self.names[self.stage.index]
         with self.meter.phase("eval"):
             found = evaluate(

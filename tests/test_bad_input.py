@@ -412,7 +412,7 @@ def test_an_evaluation_of_what_the_run_was_not(
     finished: Path, refuse: Refusals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("fst_fast.state.fingerprint", lambda tasks, base: "of another model")
+        patch.setattr("fst_fast.state.fingerprint", lambda tasks, ood, base: ["of another model"])
         assert f"not those that {finished} was begun with" in refuse.sentence(evaluate.main, finished)
     shutil.copytree(finished, refuse.folder / "run")
     config = refuse.folder / "run" / "config.toml"
@@ -552,7 +552,7 @@ def test_a_disk_that_fills_up_stops_the_run_at_a_good_checkpoint(
     assert not list((run / "checkpoints").glob(".*"))
     load_checkpoint(run)
     train.main(["--resume", str(run)])
-    assert read_run(run).end
+    assert read_run(run).ends
     assert (run / "rollouts" / "rollouts.jsonl").read_bytes() == (finished / "rollouts" / "rollouts.jsonl").read_bytes()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 import torch
 
 from fst_fast import checkpoint, evaluate
-from fst_fast.config import SlowConfig
+from fst_fast.cli import config_from, parse_train
+from fst_fast.config import SlowConfig, to_toml
+from fst_fast.errors import UserError
 from fst_fast.model import load_model
+from fst_fast.runs import read_run
 from fst_fast.slow.policy import Policy
 from fst_fast.train import Trainer, main
 from tests.models import save_tiny
@@ -230,6 +234,49 @@ def test_a_finished_run_resumed_stays_as_it_is(warm: Warm, whole: Whole, tmp_pat
     assert warm.run("--resume", run) == (0, "")
     assert tree(run) == before
     assert not (run / "tensorboard").exists()
+
+
+def test_a_finished_run_that_is_given_more_goes_on_as_if_it_had_been_its_from_the_start(
+    warm: Warm, flags: Flags, whole: Whole, tmp_path: Path
+) -> None:
+    """More steps of its last task, and another task."""
+    run, argv = tmp_path / "run", flags("fst", tmp_path / "run")
+    stream = argv.index("--stream") + 1
+    assert warm.run(*argv[:stream], "glyph:A@2", *argv[stream + 1 :]) == (0, "")
+    longer = ["--resume", run, "--stream", argv[stream]]
+    assert warm.run(*longer, kill=Kill("fst_fast.trainer:write_atomic", when="after")).code == -9
+    assert warm.run("--resume", run, kill=Kill("fst_fast.trainer:Trainer.learn")).code == -9  # it knows by now
+    assert warm.run(*longer, kill=Kill("fst_fast.trainer:Trainer.learn", call=3)).code == -9
+    assert warm.run("--resume", run) == (0, "")
+    assert [r["step"] for r in records(run) if r["kind"] == "end"] == [2, 5]
+    assert read_run(run).notes[0].startswith("It was resumed")  # and not: it has not ended
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(r for r in lines if json.loads(r)["kind"] != "end") + lines[-1])
+    assert_equal(run, whole("fst"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "stream", "said"),
+    [
+        ("fst", "glyph:A@3,glyph:B@1", "more steps of its last task"),  # fewer
+        ("fst", "glyph:A@3", "more steps of its last task"),
+        ("fst", "glyph:A@4,glyph:B@2", "more steps of its last task"),
+        ("fst", "glyph:A@3,glyph:C@2", "more steps of its last task"),
+        ("mixture", "glyph:A>glyph:B@5", "changes over the 4 steps it was given; add a task behind it"),
+        ("rl-then-gepa", f"{DATA}@5", "rl-then-gepa cannot go on"),
+        ("fst", "glyph:A@3,glyph:B", "is not TASK@STEPS"),
+    ],
+)
+def test_a_run_is_not_given_another_stream(mode: str, stream: str, said: str, flags: Flags, tmp_path: Path) -> None:
+    config = config_from(flags(mode, tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse_train(["--resume", str(tmp_path / "run"), "--stream", stream])
+    assert parse_train(["--resume", str(tmp_path / "run"), "--stream", config.stream]).config == config
+    if mode != "rl-then-gepa":
+        more = f"{config.stream},glyph:C@1"
+        assert parse_train(["--resume", str(tmp_path / "run"), f"--stream={more}"]).config.stream == more
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "no manifest"])

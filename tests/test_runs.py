@@ -60,6 +60,16 @@ def test_the_summary_says_what_was_reached_and_spent_and_where_the_report_is(tmp
     assert "not ended" not in shown
 
 
+def test_a_run_that_was_given_more_steps_has_not_ended_and_its_first_end_is_paid_for(tmp_path: Path) -> None:
+    end = {"kind": "end", "step": 40, "time": {"seconds": 7.0}}
+    run = read_run(write_run(tmp_path, [end, step(41) | {"time": {"seconds": 3.0}}]))
+    assert run.spent["seconds"] == 10
+    assert "not ended" in run.notes[0]
+    write_run(tmp_path, [end, step(41) | {"time": {"seconds": 3.0}}, end])
+    assert read_run(tmp_path).spent["seconds"] == 17
+    assert not read_run(tmp_path).notes
+
+
 def test_responses_that_were_cut_off_are_told_of(tmp_path: Path) -> None:
     """The reward alone does not show that --rollout.max-new-tokens is too small."""
     out = console()
@@ -81,7 +91,7 @@ def test_a_run_that_was_killed_is_read_as_far_as_it_got(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b"[1, 2]\n\xff\xfe\n" + b"[" * 100_000 + b'\n{"kind": "step", "st')
     run = read_run(tmp_path)
-    assert (len(run.evals), len(run.steps), run.end) == (1, 1, None)
+    assert (len(run.evals), len(run.steps), run.ends) == (1, 1, ())
     assert any("4 unreadable" in note for note in run.notes)
     assert any("has not ended" in note for note in run.notes)
     print_summary(tmp_path, out := console())

@@ -73,3 +73,8 @@ def parts_of(task: Task) -> Sequence[Task]:
 
 def is_mixture(spec: str) -> bool:
     return bool(PHASES.search(spec) or TASKS.search(spec))
+
+
+def drifts(spec: str) -> bool:
+    """Whether it depends on how many steps it has."""
+    return bool(PHASES.search(spec))

@@ -35,7 +35,7 @@ def run(rewards: list[float], *, mode: str = "rl", per_step: int = 100, kl_of_re
         {"step": s + 1, "stage": 0, "entropy": 1.0, "live_groups": 8, "groups": 16, "time": {"seconds": 1.0}}
         for s in range(evals[-1]["step"])
     )
-    return Run(Path("."), {"mode": mode, "seed": 0, "eval": {"every": 10}}, steps, evals, (), {})
+    return Run(Path("."), {"mode": mode, "seed": 0, "eval": {"every": 10}}, steps, evals, (), ())
 
 
 def both(first: list[float], **kwargs: Any) -> list[Run]:
@@ -123,7 +123,7 @@ def drifting(old: list[float], new: list[float], population: list[list[str]]) ->
         reward = sum(part["weight"] * part["reward"] for part in by_task.values())
         evals.append({"step": 10 * i, "stage": 0, "task": "A>B", "reward": reward, "by_task": by_task})
         evolves.append({"step": 10 * i, "stage": 0, "task": "A>B", "population": population[i]})
-    return Run(Path("."), {"mode": "fst", "seed": 0}, (), tuple(evals), tuple(evolves), None)
+    return Run(Path("."), {"mode": "fst", "seed": 0}, (), tuple(evals), tuple(evolves), ())
 
 
 def test_arms_that_are_equal_prove_nothing_but_that_they_are_no_worse(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_arms_that_are_equal_prove_nothing_but_that_they_are_no_worse(tmp_path: 
     evolves = tuple({**r, "proposals": 8, "time": {"seconds": 1.0}} for r in of.evolves)
     config = {"mode": "fst", "seed": 0, "eval": {"every": 10}, "fast": {"reflector": "phrasebook"}}
     steps = tuple({**step, "step": s + 1, "rollouts": 100 * s} for s in range(120))
-    whole = Run(tmp_path, config, steps, tuple(evals), evolves, None)
+    whole = Run(tmp_path, config, steps, tuple(evals), evolves, ())
     reports = []
     for experiment in choose("all"):
         if not (why := experiment.unfit(SETTING)):
@@ -217,7 +217,7 @@ def test_a_deployment_is_measured_on_held_out_problems_only(tmp_path: Path) -> N
     (tmp_path / "rollouts" / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     single = sum(p.slice == "a-e" for p in task.validation[:64]) / 64
     last = {"step": 20, "stage": 0, "task": "glyph:A/B", "reward": single}
-    of = Run(tmp_path, {"seed": 3}, (), (last,), ({"population": ["one", "two"]},), None)
+    of = Run(tmp_path, {"seed": 3}, (), (last,), ({"population": ["one", "two"]},), ())
     found = deployment(of)
     assert found.single == single
     assert found.router == found.oracle == 1.0
