@@ -21,9 +21,9 @@ import tyro
 from fst_fast.config import MODES, PRESETS, Config, check, check_installed, from_dict, lengthened, preset
 from fst_fast.errors import EngineError, Terminated, UserError, quoted, terminated
 from fst_fast.files import DISK_FULL
-from fst_fast.launch import QUIET, record, say
+from fst_fast.launch import record, say
 from fst_fast.plan import PlanOptions
-from fst_fast.ranks import launched
+from fst_fast.ranks import LAUNCHER, launched
 
 with contextlib.suppress(ImportError, AttributeError):
     # tyro joins the lines of a field's docstring before it takes their indentation away, which keeps them apart
@@ -196,7 +196,7 @@ def _leave(error: BaseException, sentence: str, code: int) -> NoReturn:
     """End one of several ranks at once, so that its launcher stops the others: the interpreter's own end would wait for
     the thread that saves and for NCCL's communicators, and those for ranks that wait for this one."""
     record(error, sentence, code)
-    if QUIET not in os.environ:
+    if LAUNCHER not in os.environ:
         if not sentence or isinstance(error, EngineError):
             traceback.print_exception(error)
         if sentence:

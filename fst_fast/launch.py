@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fst_fast.errors import UserError
-from fst_fast.ranks import launched
+from fst_fast.ranks import LAUNCHER, launched
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fst_fast.config import Config
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where a worker says why it ended
-QUIET = "FST_FAST_LAUNCHED"  # set for the workers of `launch`, which speaks for them
 PATIENCE = 3  # seconds, fewer than a worker that is stopped has until SIGKILL
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds for stopped workers to end; torch 2.11 waits 30
 
@@ -53,7 +52,7 @@ def launch(count: int, argv: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said below
-    os.environ[QUIET] = "1"
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault(SHUTDOWN, "5")
     config = LaunchConfig(
         min_nodes=1,

@@ -28,6 +28,7 @@ T = TypeVar("T")
 # The others wait while rank 0 asks a reflector; a rank that dies is noticed by the launcher.
 TIMEOUT = timedelta(hours=1)
 SILENCE = timedelta(minutes=5)  # of a thread that has nothing else to do
+LAUNCHER = "FST_FAST_LAUNCHER"  # process number of launch.py's, which speaks for its workers
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -116,6 +117,8 @@ def joined(device: str) -> Iterator[Ranks]:
 
     if sys.platform == "linux":  # when the launcher is killed nobody would stop this process
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.environ.get(LAUNCHER, parent := str(os.getppid())) != parent:  # it was, while this one began
+            sys.exit("its launcher is gone")
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

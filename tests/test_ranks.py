@@ -32,7 +32,7 @@ from fst_fast.config import Config, SlowConfig
 from fst_fast.errors import EngineError, UserError
 from fst_fast.launch import _cause, workers
 from fst_fast.model import Model, load_model
-from fst_fast.ranks import Ranks
+from fst_fast.ranks import LAUNCHER, Ranks
 from fst_fast.rollout import vllm_engine
 from fst_fast.slow.policy import Policy
 from fst_fast.trainer import BASE_VERSION, check_alike
@@ -309,16 +309,17 @@ def ranks_of(launcher: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("victim", ["rank 1", "launcher"])
+@pytest.mark.parametrize("victim", ["rank 1", "launcher", "launcher at once"])
 def test_all_ranks_stop_when_one_is_killed_and_the_launcher_says_which(victim: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start(*flags(run, stream="glyph:A@1000"), "--ranks", "2") as launcher:
         deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").is_file() and launcher.poll() is None and time.monotonic() < deadline:
+        begun = (lambda: len(ranks_of(launcher.pid)) == 2) if "at once" in victim else (run / "metrics.jsonl").is_file
+        while not begun() and launcher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         pids = ranks_of(launcher.pid)
         assert pids.keys() == {0, 1}, launcher.communicate()
-        if victim == "launcher":  # as the system does when memory runs out
+        if victim.startswith("launcher"):  # as the system does when memory runs out
             launcher.kill()
             try:
                 launcher.communicate(timeout=30)  # until the workers' pipes are closed, too
@@ -374,7 +375,7 @@ def test_a_rank_that_fails_ends_though_a_thread_of_it_waits(error: str, code: in
         "run(main)\n"
     )
     own = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error")}
-    own |= {"FST_FAST_LAUNCHED": "1"} if quiet else {}
+    own |= {LAUNCHER: "1"} if quiet else {}
     ended = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | own, capture_output=True, text=True, timeout=60, check=False
     )
