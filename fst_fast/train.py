@@ -23,11 +23,12 @@ from fst_fast.config import Config, check, stages, without_effect
 from fst_fast.launch import launch, workers
 from fst_fast.model import model_folder
 from fst_fast.plan import lines as plan_lines
+from fst_fast.preflight import check_empty
 from fst_fast.ranks import Ranks, joined, launched
 from fst_fast.report import write_report
 from fst_fast.runs import print_summary
 from fst_fast.tasks import make_task
-from fst_fast.trainer import Trainer, check_empty
+from fst_fast.trainer import Trainer
 
 
 def main(argv: Sequence[str]) -> None:

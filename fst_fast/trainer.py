@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +19,6 @@ from fst_fast.config import (
     check,
     check_installed,
     evolves,
-    flat,
     pauses,
     proposals_of,
     stages,
@@ -31,6 +28,7 @@ from fst_fast.context import check_context, room
 from fst_fast.data import make_order
 from fst_fast.errors import UserError
 from fst_fast.evaluate import deployed, evaluate, mean
+from fst_fast.evolving import Evolving
 from fst_fast.fast.cycle import Cycle
 from fst_fast.fast.lineage import lineage, summary
 from fst_fast.fast.population import Member, distinct
@@ -38,6 +36,7 @@ from fst_fast.fast.reflectors import make_reflector
 from fst_fast.files import Appender, write_atomic
 from fst_fast.meter import Meter, mfu, sampling_work
 from fst_fast.model import Model, load_model
+from fst_fast.preflight import check_alike, check_empty, check_shared
 from fst_fast.ranks import Ranks
 from fst_fast.rates import peak_flops
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
@@ -45,6 +44,7 @@ from fst_fast.rollout import make_engine
 from fst_fast.rollout.check import MISMATCH, check_engine, check_mismatch, mismatch
 from fst_fast.rollout.collect import Ask, Asked, Collector, version_metrics
 from fst_fast.rollout.dispatch import Scheduler
+from fst_fast.rollout.engine import EngineStats
 from fst_fast.rollout.reuse import Plan, Reused, RolloutStore, Rule, plan, reuse_metrics
 from fst_fast.runs import read_run
 from fst_fast.seeding import stream
@@ -62,50 +62,6 @@ from fst_fast.telemetry import Telemetry
 BASE_VERSION = -1  # policy_version of what the frozen base model sampled
 
 
-def check_empty(run_dir: Path, *, resume: bool) -> None:
-    """UserError for a new run in a directory that has something in it."""
-    if not resume and run_dir.exists() and any(not p.name.startswith(".") for p in run_dir.iterdir()):
-        resume_it = f"--resume {shlex.quote(str(run_dir))}"
-        raise UserError(f"run_dir: {run_dir} is not empty; choose another, or continue it with {resume_it}")
-
-
-def check_shared(run_dir: Path, ranks: Ranks) -> None:
-    """UserError unless all machines see the run directory: each writes its parts of a checkpoint there."""
-    if ranks.size == ranks.local:
-        return
-    mark = run_dir / ".shared"
-
-    def make() -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-
-    ranks.first(make)
-    deadline = time.monotonic() + 10  # a network's file system may be late
-    while not (found := mark.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    everywhere = all(ranks.join([found]))
-    if ranks.main:
-        mark.unlink()
-    if not everywhere:
-        raise UserError(f"run_dir: {run_dir} is another folder on each machine; give one that all of them share")
-
-
-def check_alike(config: Config, inputs: Sequence[str], ranks: Ranks) -> None:
-    """UserError unless all ranks were given the same: each machine has a command and files of its own, and ranks that
-    train on different ones would do so without a word. The model may lie elsewhere on each."""
-    own = flat(asdict(replace(config, run_dir="", threads=0, model=replace(config.model, path=""))))
-    (first, files), *others = ranks.join([(own, inputs)])
-    for rank, (settings, theirs) in enumerate(others, 1):
-        for name, value in settings.items():
-            if value != first[name]:
-                apart = f"{name} is {first[name]!r} on rank 0 and {value!r} on rank {rank}"
-                raise UserError(f"{apart}; start the same command everywhere")
-        if theirs != files:
-            raise UserError(
-                f"ranks 0 and {rank} have other problems or another base model; give every machine the same files"
-            )
-
-
 @dataclass(frozen=True)
 class Batch:
     """One step's rollouts, under way."""
@@ -113,17 +69,6 @@ class Batch:
     asks: list[Ask]
     reuse: Plan
     sampled: Asked  # those that `reuse` does not answer
-
-
-@dataclass
-class Evolving:
-    """A GEPA cycle under way, and the call it waits for."""
-
-    step: int  # that it comes before
-    cycle: Cycle
-    begin: int  # byte and
-    first: int  # number in the store of its first rollout
-    asked: Asked | None = None
 
 
 class Trainer:
@@ -300,8 +245,8 @@ class Trainer:
         ending = self.evolving
         if ending is None or ending.step > self.state.step:
             return
-        while ending.asked or ending.cycle.reflecting:
-            self._advance(ending)
+        while not ending.over:
+            ending.advance(self.state.step)
         self.evolving, evolution = None, ending.cycle.evolution
         self.store.forget(before=ending.first)
         if self._reuses:
@@ -336,6 +281,20 @@ class Trainer:
         self.state.step += 1
         with self.meter.phase("sync"):
             self.collector.engine.load_weights(self.model, self.state.step)  # what was asked ahead goes on with them
+        record = self._step_record(report, rollouts, reuse, before, lr, time.monotonic() - started)
+        self.telemetry.write(record, prompt=self.state.best.text)
+        if rollouts:  # what was learned from wrong ones is not saved
+            limit = self.config.rollout.max_mismatch or MISMATCH[self.model.dtype]
+            check_mismatch(record["mismatch"], limit, self.engine.name)
+        if not self.checked_update:  # the first new weights have reached the engine, and no KV of the old is left
+            check_engine(self.engine, self.model)
+            self.checked_update = True
+
+    def _step_record(
+        self, report: StepReport, rollouts: list[Rollout], reuse: Plan, before: EngineStats, lr: float, seconds: float
+    ) -> dict[str, Any]:
+        """What metrics.jsonl has of the step that has just ended; `before`: what the engine had counted when it began,
+        `lr`: of its first update."""
         tokens = sum(len(r.response_ids) for r in rollouts)
         fresh = [r for r in rollouts if r.purpose == "rl"]
         prompts = self.ranks.total(
@@ -344,7 +303,6 @@ class Trainer:
                 "computed": self.engine.stats.computed_prompt_tokens - before.computed_prompt_tokens,
             }
         )
-        seconds = time.monotonic() - started
         record: dict[str, Any] = {"kind": "step", **self._where()}
         if rollouts:
             record |= {
@@ -375,13 +333,7 @@ class Trainer:
             sampled, slow = sampling_work(fresh), self.config.slow
             passes = {"kl": slow.kl_coef > 0, "lora": slow.lora_rank > 0}
             record["time"] |= mfu(self.shape, self.peak, report.work, sampled, record["time"], **passes)
-        self.telemetry.write(record, prompt=self.state.best.text)
-        if rollouts:  # what was learned from wrong ones is not saved
-            limit = self.config.rollout.max_mismatch or MISMATCH[self.model.dtype]
-            check_mismatch(record["mismatch"], limit, self.engine.name)
-        if not self.checked_update:  # the first new weights have reached the engine, and no KV of the old is left
-            check_engine(self.engine, self.model)
-            self.checked_update = True
+        return record
 
     def evaluate(self) -> None:
         """Held-out reward and KL of what the run would deploy now."""
@@ -445,9 +397,8 @@ class Trainer:
             self.ahead = self._ask(after)
 
     def _fill(self) -> None:
-        """With `fast.filler`: begin the next cycle beside this step, or take it one call further when all ranks have
-        the rollouts it waits for; a reflector that works elsewhere is given a step's time. Checkpoints know nothing of
-        a cycle under way: it begins after the last one."""
+        """With `fast.filler`: begin the next cycle beside this step, or take it one call further when it is ready.
+        Checkpoints know nothing of a cycle under way: it begins after the last one."""
         every, here = self.config.fast.every, self.state.step - self.stage.start
         if not (self.config.fast.filler and self.config.mode == "fst"):
             return
@@ -456,10 +407,8 @@ class Trainer:
             saves = any(self.due(self.config.checkpoint_every, after=n) for n in range(1, left))
             if self.state.step + left < self.stage.end and not saves:
                 self._begin_cycle(self.state.step + left, self.config.fast.proposals)
-        elif self.evolving.cycle.reflecting or (
-            self.evolving.asked and all(self.ranks.join([self.collector.ready(self.evolving.asked)]))
-        ):
-            self._advance(self.evolving, beside=True)
+        elif self.evolving.ready():
+            self.evolving.advance(self.state.step, beside=True)
 
     def _begin_cycle(self, step: int, proposals: int) -> None:
         """A GEPA cycle before `step`, on the problems of the T batches from there on, with its first call asked."""
@@ -480,45 +429,15 @@ class Trainer:
                 blind=self._reuses,
                 fits=self._fits,
             )
-            self.evolving = Evolving(step, cycle, begin, first)
-            self._ask_gepa(self.evolving)
+            self.evolving = Evolving(
+                cycle, self.state.cycle, step, self.task, self.collector, self.meter.phase, begin, first
+            )
+            self.evolving.ask(self.state.step)
 
     def _stop_evolving(self) -> None:
         """After an error: leave no thread that waits."""
         if self.evolving:
             self.evolving.cycle.close()
-
-    def _advance(self, evolving: Evolving, *, beside: bool = False) -> None:
-        """Give a cycle the rollouts or the edits it waits for, and ask for the next. `beside`: edits may come later."""
-        with self.meter.phase("reflect"):
-            if evolving.asked:
-                with self.meter.phase("scoring" if evolving.asked.scoring else "minibatch"):
-                    rollouts = self.collector.finish(evolving.asked)
-                evolving.cycle.give(rollouts, beside=beside)
-            else:
-                evolving.cycle.listen()
-            self._ask_gepa(evolving)
-
-    def _ask_gepa(self, evolving: Evolving) -> None:
-        """Queue what a cycle wants, for the present weights and those that follow until it ends."""
-        wanted, evolving.asked = evolving.cycle.wanted, None
-        if wanted is None:
-            return
-        samples: Counter[tuple[Prompt, str]] = Counter()
-        asks = []
-        for prompt, problem in wanted.pairs:
-            asks.append(Ask(prompt, problem, samples[prompt, problem.id]))
-            samples[prompt, problem.id] += 1
-        with self.meter.phase("scoring" if wanted.scoring else "minibatch"):
-            evolving.asked = self.collector.submit(
-                self.task,
-                asks,
-                purpose="gepa",
-                step=self.state.step,
-                key=(self.state.cycle, evolving.cycle.calls),
-                scoring=wanted.scoring,
-                age=evolving.step - self.state.step,
-            )
 
     def _ask(self, step: int) -> Batch:
         """Plan the rollouts of `step`, this one or the next, and queue what the store does not answer.

@@ -32,10 +32,11 @@ from fst_fast.config import Config, SlowConfig
 from fst_fast.errors import EngineError, UserError
 from fst_fast.launch import _cause, workers
 from fst_fast.model import Model, load_model
+from fst_fast.preflight import check_alike
 from fst_fast.ranks import LAUNCHER, Ranks
 from fst_fast.rollout import vllm_engine
 from fst_fast.slow.policy import Policy
-from fst_fast.trainer import BASE_VERSION, check_alike
+from fst_fast.trainer import BASE_VERSION
 from tests.fast.test_endpoint import Endpoint, Handler
 from tests.models import save_tiny
 from tests.once import once

@@ -122,7 +122,7 @@ KILLS = {
         Kill("fst_fast.trainer:Trainer._batch_rollouts", call=5),
     ],
     "filler": [
-        Kill("fst_fast.trainer:Trainer._advance", call=4, when="after"),  # of the first cycle, which is waited for
+        Kill("fst_fast.evolving:Evolving.advance", call=4, when="after"),  # of the first cycle, which is waited for
         Kill("fst_fast.trainer:Trainer._batch_rollouts", call=3),  # beside the second
         Kill("fst_fast.trainer:Trainer.settle", call=5, when="after"),  # that one is over, and not saved yet
         Kill("fst_fast.trainer:Trainer._fill", call=7),
