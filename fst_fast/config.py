@@ -198,7 +198,8 @@ class EvalConfig:
     levels: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5, 0.9)
     """Rewards for which steps, rollouts and tokens to reach them are reported."""
     ood: str = ""
-    """A task that is not trained on, e.g. codeio-ood:SOURCE: evaluated too, under its seed prompt, no evolved one."""
+    """A task that is not trained on, e.g. codeio-ood:SOURCE, or jsonl:FILE (all of it): evaluated too, under its seed
+    prompt, no evolved one."""
 
 
 @dataclass(frozen=True)

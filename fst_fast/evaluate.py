@@ -181,7 +181,8 @@ class EvaluateCommand:
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
     task: str = ""
-    """Task to evaluate on, e.g. glyph:C or jsonl:FILE; empty = the run's last stage."""
+    """Task to evaluate on, e.g. glyph:C or jsonl:FILE, of which all is used that the run does not train on; empty = the
+    run's last stage."""
     problems: int = 0
     """Held-out problems; 0 = all there are."""
     samples: int = 4
@@ -241,8 +242,8 @@ def evaluate_run(command: EvaluateCommand) -> tuple[dict[str, Any], dict[str, st
     saved = checkpoint.read_state(folder)
     state, make = State.from_dict(saved), partial(make_task, seed=config.seed, jsonl=config.jsonl, data=config.data)
     tasks = [make(stage.task) for stage in stages(config.stream)]
-    ood = make(config.eval.ood) if config.eval.ood else None
-    task = make(command.task) if command.task else tasks[state.entered]
+    ood = make(config.eval.ood, trained=tasks) if config.eval.ood else None
+    task = make(command.task, trained=tasks) if command.task else tasks[state.entered]
     settings = replace(settings, problems=command.problems or len(task.validation))
     torch.set_num_threads(config.threads)
     loading = {k: v for k, v in asdict(config.model).items() if k != "path"}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,9 @@ class Trainer:
         torch.set_num_threads(config.threads)
         self.config, self.run_dir, self.ranks = config, run_dir, ranks or Ranks()
         self.stages = stages(config.stream)
-        self.tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl, data=config.data) for s in self.stages]
-        ood = config.eval.ood
-        self.ood = make_task(ood, seed=config.seed, jsonl=config.jsonl, data=config.data) if ood else None
+        make = partial(make_task, seed=config.seed, jsonl=config.jsonl, data=config.data)
+        self.tasks = [make(stage.task) for stage in self.stages]
+        self.ood = make(config.eval.ood, trained=self.tasks) if config.eval.ood else None
         size = config.rollout.problems
         names = [t.name for t in self.tasks]
         self.names = [f"{n}#{i}" if n in names[:i] else n for i, n in enumerate(names)]  # a task may come back

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from fst_fast.errors import UserError
 from fst_fast.tasks.codeio import CodeioTask
 from fst_fast.tasks.glyph import GlyphTask
@@ -22,10 +24,23 @@ FORMS = (
 )
 
 
-def make_task(spec: str, *, seed: int, jsonl: JsonlOptions | None = None, data: PublishedOptions | None = None) -> Task:
-    """The task written `spec`, drawn from the run's `seed` where it is random; UserError when there is no such task."""
+def make_task(
+    spec: str,
+    *,
+    seed: int,
+    jsonl: JsonlOptions | None = None,
+    data: PublishedOptions | None = None,
+    trained: Sequence[Task] | None = None,
+) -> Task:
+    """The task written `spec`, drawn from the run's `seed` where it is random; UserError when there is no such task.
+
+    `trained`: it is only evaluated on, by a run that trains on those. Of a user's file that is all that they do not
+    have in training, not a part of it.
+    """
+    if trained is not None and (same := [task for task in trained if task.name == spec]):
+        return same[0]
     if is_mixture(spec):
-        return Mixture(spec, lambda part: make_task(part, seed=seed, jsonl=jsonl, data=data))
+        return Mixture(spec, lambda part: make_task(part, seed=seed, jsonl=jsonl, data=data, trained=trained))
     kind, _, rest = spec.partition(":")
     match kind:
         case "glyph":
@@ -33,13 +48,18 @@ def make_task(spec: str, *, seed: int, jsonl: JsonlOptions | None = None, data: 
         case "star_graph":
             return StarGraphTask(rest, seed)
         case "jsonl":
-            return JsonlTask(rest, seed, jsonl or JsonlOptions())
+            return JsonlTask(rest, jsonl or JsonlOptions(), None if trained is None else set(posed(trained)))
         case "math" | "math-ood":
-            return MathTask(rest, seed, data or PublishedOptions(), unseen=kind == "math-ood")
+            return MathTask(rest, data or PublishedOptions(), unseen=kind == "math-ood")
         case "hover" | "hover-ood":
-            return HoverTask(rest, seed, data or PublishedOptions(), unseen=kind == "hover-ood")
+            return HoverTask(rest, data or PublishedOptions(), unseen=kind == "hover-ood")
         case "physics" | "physics-ood":
-            return PhysicsTask(rest, seed, data or PublishedOptions(), unseen=kind == "physics-ood")
+            return PhysicsTask(rest, data or PublishedOptions(), unseen=kind == "physics-ood")
         case "codeio" | "codeio-ood":
-            return CodeioTask(rest, seed, data or PublishedOptions(), unseen=kind == "codeio-ood")
+            return CodeioTask(rest, data or PublishedOptions(), unseen=kind == "codeio-ood")
     raise UserError(f"task {spec!r}: there is no such task; known are {FORMS}.")
+
+
+def posed(tasks: Sequence[Task]) -> Iterator[str]:
+    """What the training problems of `tasks` say to the model."""
+    return (task.messages("", p)[-1]["content"] for task in tasks for p in task.train)

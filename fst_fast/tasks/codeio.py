@@ -19,6 +19,7 @@ from fst_fast.tasks.datasets import records
 from fst_fast.tasks.json_answer import NotJson, difference, last_object, shown
 from fst_fast.tasks.published import PublishedOptions, PublishedTask, field
 from fst_fast.tasks.sandbox import Call, Sandbox
+from fst_fast.tasks.split import mixed
 
 PROMPT = 'Follow the program step by step. End with a JSON object: {"output": ...} or {"input": {...}}, as asked.'
 EXAMPLES = 3  # of a program that are used, as in the paper
@@ -53,8 +54,8 @@ ASKED = {
 class CodeioTask(PublishedTask):
     """Half of the problems ask for an output, half for an input: their `slice`. A split never divides a program's."""
 
-    def __init__(self, source: str, seed: int, options: PublishedOptions, *, unseen: bool = False):
-        super().__init__(f"codeio{'-ood' if unseen else ''}:{source}", seed, PROMPT, options)
+    def __init__(self, source: str, options: PublishedOptions, *, unseen: bool = False):
+        super().__init__(f"codeio{'-ood' if unseen else ''}:{source}", PROMPT, options)
         self._sandbox = Sandbox(preamble=PREAMBLE, seconds=options.seconds)
         self.side_by_side = self._sandbox.size
         rows = _rows(source, options.programs)
@@ -69,7 +70,7 @@ class CodeioTask(PublishedTask):
         chosen = [row for row in rows if (row["category"] == category) == unseen]
         problems = self._problems(chosen, source)
         if unseen:
-            self.train, self.validation = [], self.mixed(problems)
+            self.train, self.validation = [], mixed(problems)
         else:
             self.hold_out(problems, source, by="program")
 

@@ -18,6 +18,7 @@ from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
 from fst_fast.tasks.datasets import records
 from fst_fast.tasks.published import LONGEST, PublishedOptions, PublishedTask, field
+from fst_fast.tasks.split import mixed
 from fst_fast.tasks.verifiers import final_answer
 
 PROMPT = (
@@ -41,8 +42,8 @@ STATEMENTS = {
 
 
 class HoverTask(PublishedTask):
-    def __init__(self, source: str, seed: int, options: PublishedOptions, *, unseen: bool = False):
-        super().__init__(f"hover{'-ood' if unseen else ''}:{source}", seed, PROMPT, options)
+    def __init__(self, source: str, options: PublishedOptions, *, unseen: bool = False):
+        super().__init__(f"hover{'-ood' if unseen else ''}:{source}", PROMPT, options)
         hops = {2, 3, 4} - set(options.hops) if unseen else set(options.hops)
         articles = Articles(options.wiki) if options.wiki else None
 
@@ -60,10 +61,10 @@ class HoverTask(PublishedTask):
             self.hold_out(read(source, "train"), source)
             return
         if folder.is_dir():
-            self.validation = self.mixed(read(_release(folder, "dev"), "validation"))
+            self.validation = mixed(read(_release(folder, "dev"), "validation"))
             train = read(_release(folder, "train"), "train")
         else:
-            self.validation, train = self.mixed(read(source, "validation")), read(source, "train")
+            self.validation, train = mixed(read(source, "validation")), read(source, "train")
         held_out = {p.data["claim"] for p in self.validation}
         self.train = [p for p in train if p.data["claim"] not in held_out]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
-from fst_fast.seeding import stream
 from fst_fast.tasks.datasets import json_lines
 from fst_fast.tasks.split import hold_out, mixed
 from fst_fast.tasks.task import Message
@@ -31,7 +30,8 @@ class JsonlOptions:
     seed_prompt: str = "Solve the problem. End with a line 'answer:' and your final answer."
     """The task-agnostic system prompt the population starts from."""
     validation_path: str = ""
-    """File of validation problems; empty = hold out a seeded part of the one file."""
+    """File of validation problems; empty = hold out a part of the one file, chosen by the problems' texts: the same in
+    every run."""
     validation_fraction: float = 0.1
     """Part held out for validation, at least one problem; not used with a validation_path."""
     tolerance: float = 1e-6
@@ -39,9 +39,10 @@ class JsonlOptions:
 
 
 class JsonlTask:
-    """`jsonl:PATH`. Problems of equal text never stand on both sides of the split."""
+    """`jsonl:PATH`. Problems of equal text never stand on both sides of the split. With `trained`, the texts that a run
+    trains on, the file is for evaluation: all of it is held out but those."""
 
-    def __init__(self, path: str, seed: int, options: JsonlOptions):
+    def __init__(self, path: str, options: JsonlOptions, trained: Collection[str] | None = None):
         if not 0 < options.validation_fraction < 1:
             raise UserError(f"jsonl.validation_fraction: {options.validation_fraction} must lie between 0 and 1.")
         if not options.tolerance >= 0:
@@ -52,13 +53,17 @@ class JsonlTask:
         self._verify = make_verifier(options.verifier, options.answer_field, options.tolerance)
         self.train: Sequence[Problem]
         self.validation: Sequence[Problem]
-        problems, rng = self._read(path, self.name), stream(seed, self.name, "split")
-        if options.validation_path:
+        problems = self._read(path, self.name)
+        if trained is not None:
+            self.train, self.validation = [], mixed([p for p in problems if self._text(p) not in trained])
+            if not self.validation:
+                raise UserError(f"{path}: the run trains on all of its problems; evaluate on others.")
+        elif options.validation_path:
             self.train = problems
-            self.validation = mixed(self._read(options.validation_path, f"{self.name}/validation"), rng)
+            self.validation = mixed(self._read(options.validation_path, f"{self.name}/validation"))
             self._check_disjoint(path)
         else:
-            self.train, self.validation = hold_out(problems, self._text, options.validation_fraction, rng, path)
+            self.train, self.validation = hold_out(problems, self._text, options.validation_fraction, path)
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:
         return [{"role": "system", "content": prompt}, {"role": "user", "content": self._text(problem)}]

@@ -13,6 +13,7 @@ from fst_fast.records import Problem, Verdict
 from fst_fast.tasks.datasets import records
 from fst_fast.tasks.math_check import MathChecker
 from fst_fast.tasks.published import PublishedOptions, PublishedTask, boxed, field
+from fst_fast.tasks.split import mixed
 
 PROMPT = r"Solve the problem step by step. Put the final answer in \boxed{}."
 LONGEST_ANSWER = 2000  # characters of a box that are read
@@ -20,12 +21,12 @@ UNFINISHED = re.compile(r"\\(sum|prod|int|iint|oint|lim)(?![a-z])")  # the quest
 
 
 class MathTask(PublishedTask):
-    def __init__(self, source: str, seed: int, options: PublishedOptions, *, unseen: bool = False):
-        super().__init__(f"math{'-ood' if unseen else ''}:{source}", seed, PROMPT, options)
+    def __init__(self, source: str, options: PublishedOptions, *, unseen: bool = False):
+        super().__init__(f"math{'-ood' if unseen else ''}:{source}", PROMPT, options)
         self._checker = MathChecker(strict=True)
         self.side_by_side = self._checker.size
         if unseen:
-            self.train, self.validation = [], self.mixed(self._read(source, "test"))
+            self.train, self.validation = [], mixed(self._read(source, "test"))
         else:
             self.hold_out(self._read(source, "train"), source)
 

@@ -44,8 +44,8 @@ ROUNDING = 0.1  # a rounded right answer leaves at most this much of it open
 
 
 class PhysicsTask(PublishedTask):
-    def __init__(self, source: str, seed: int, options: PublishedOptions, *, unseen: bool = False):
-        super().__init__(f"physics{'-ood' if unseen else ''}:{source}", seed, PROMPT, options)
+    def __init__(self, source: str, options: PublishedOptions, *, unseen: bool = False):
+        super().__init__(f"physics{'-ood' if unseen else ''}:{source}", PROMPT, options)
         self._tolerance, self._checker = options.tolerance, MathChecker(strict=True, units=False)
         self.side_by_side = self._checker.size
         self._value = lru_cache(10_000)(self._checker.value)  # of right answers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,7 @@ from pydantic import Field
 
 from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
-from fst_fast.seeding import stream
-from fst_fast.tasks.split import hold_out, mixed
+from fst_fast.tasks.split import hold_out
 from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message
 
 LONGEST = 50_000  # characters of a response that are read, from its end
@@ -52,8 +50,8 @@ class PublishedTask:
     train: Sequence[Problem]
     validation: Sequence[Problem]
 
-    def __init__(self, name: str, seed: int, prompt: str, options: PublishedOptions):
-        self.name, self._seed = name, seed
+    def __init__(self, name: str, prompt: str, options: PublishedOptions):
+        self.name = name
         self.seed_prompt = prompt if options.prompt == "task" else AGNOSTIC_PROMPT
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:
@@ -68,14 +66,7 @@ class PublishedTask:
 
     def hold_out(self, problems: Sequence[Problem], source: str, by: str = "problem") -> None:
         """Splits `problems` into train and validation; those of the same text `data[by]` are on one side."""
-        self.train, self.validation = hold_out(problems, lambda p: p.data[by], HELD_OUT, self._rng(), source)
-
-    def mixed(self, problems: Sequence[Problem]) -> list[Problem]:
-        """All of `problems` as validation, where the data has a split for it."""
-        return mixed(problems, self._rng())
-
-    def _rng(self) -> random.Random:
-        return stream(self._seed, self.name, "split")
+        self.train, self.validation = hold_out(problems, lambda p: p.data[by], HELD_OUT, source)
 
 
 def field(row: Mapping[str, Any], name: str, kind: type[Any], where: str) -> Any:

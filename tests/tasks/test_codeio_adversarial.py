@@ -180,12 +180,12 @@ KNOWN = {
 
 @pytest.fixture(scope="module")
 def task() -> CodeioTask:
-    return CodeioTask(str(DATA), 0, PublishedOptions(category="text"))
+    return CodeioTask(str(DATA), PublishedOptions(category="text"))
 
 
 def test_of_more_than_200_answers_only_the_known_ones_are_misjudged(task: CodeioTask) -> None:
     everything = cases()
-    unseen = CodeioTask(str(DATA), 0, PublishedOptions(category="text"), unseen=True)
+    unseen = CodeioTask(str(DATA), PublishedOptions(category="text"), unseen=True)
     problems = {p.id.rpartition("/")[2]: p for p in chain(task.train, task.validation, unseen.validation)}
     pairs: list[tuple[Problem, str]] = [(problems[name], answer) for name, _, _, answer in everything]
     misjudged: dict[bool, list[tuple[str, ...]]] = {True: [], False: []}

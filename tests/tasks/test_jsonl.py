@@ -1,6 +1,7 @@
 """Problems from files: the split, the verifiers, and an error that says what is wrong on which line."""
 
 import json
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from fst_fast.records import Verdict
 from fst_fast.tasks import make_task
 from fst_fast.tasks.jsonl import JsonlOptions, JsonlTask
 from fst_fast.tasks.math_check import MathChecker
+from fst_fast.tasks.mixture import Mixture
 from fst_fast.tasks.verifiers import Exact, Math, Numeric, Regex, Verifier, final_answer, make_verifier
 
 Write = Callable[..., str]
@@ -45,7 +47,7 @@ def rows(n: int) -> list[dict[str, Any]]:
 
 def test_problems_keep_the_files_rows_ids_and_slices(write: Write) -> None:
     path = write(*rows(20))
-    task = JsonlTask(path, 0, JsonlOptions(id_field="name", slice_field="kind", seed_prompt="add."))
+    task = JsonlTask(path, JsonlOptions(id_field="name", slice_field="kind", seed_prompt="add."))
     assert (task.name, task.seed_prompt, task.phrasebook) == (f"jsonl:{path}", "add.", {})
     everything = {p.id: p for p in [*task.train, *task.validation]}
     assert len(everything) == 20
@@ -57,44 +59,79 @@ def test_problems_keep_the_files_rows_ids_and_slices(write: Write) -> None:
     assert task.verify(everything[f"jsonl:{path}/n3"], "4").reward == 1
 
 
-def test_the_split_is_seeded_disjoint_and_as_large_as_asked(write: Write) -> None:
+def test_the_split_is_disjoint_and_as_large_as_asked(write: Write) -> None:
     path = write(*rows(100))
 
-    def validation(seed: int, fraction: float = 0.1) -> list[str]:
-        task = JsonlTask(path, seed, JsonlOptions(validation_fraction=fraction))
+    def validation(fraction: float = 0.1) -> list[str]:
+        task = JsonlTask(path, JsonlOptions(validation_fraction=fraction))
         ids = [p.id for p in [*task.train, *task.validation]]
         assert len(set(ids)) == len(ids) == 100
         return [p.id for p in task.validation]
 
-    assert validation(0) == validation(0) != validation(1)
-    assert [len(validation(0, f)) for f in (0.001, 0.1, 0.25, 0.999)] == [1, 10, 25, 99]
+    assert [len(validation(f)) for f in (0.001, 0.1, 0.25, 0.999)] == [1, 10, 25, 99]
+
+
+def test_the_same_problems_are_held_out_wherever_the_file_lies_and_in_every_run(write: Write) -> None:
+    """Or a run that goes on from another's weights would be evaluated on what that one was trained on."""
+
+    def held_out(*lines: dict[str, Any], name: str = "data.jsonl") -> set[str]:
+        return {p.data["problem"] for p in JsonlTask(write(*lines, name=name), JsonlOptions()).validation}
+
+    first = held_out(*rows(100))
+    assert held_out(*reversed(rows(100)), name="other.jsonl") == first
+    assert len(held_out(*rows(110)) & first) >= 9  # most of them, when more are written
+    specs = [f"jsonl:{write(*rows(100))}", f"jsonl:{Path(write(*rows(100))).parent}/./data.jsonl"]
+    tasks = [make_task(spec, seed=seed) for spec in specs for seed in (0, 1)]
+    assert {tuple(p.data["problem"] for p in task.validation) for task in tasks} == {
+        tuple(p.data["problem"] for p in tasks[0].validation)
+    }
+
+
+def test_a_file_that_is_only_evaluated_on_is_used_whole_but_for_what_is_trained_on(write: Write) -> None:
+    stream = write(*rows(20), name="stream.jsonl")
+    options = JsonlOptions(validation_path=write(*rows(25)[20:], name="held out.jsonl"))
+    trained = [make_task(f"jsonl:{stream}", seed=0, jsonl=options)]
+
+    def evaluated(*lines: dict[str, Any]) -> list[str]:
+        task = make_task(f"jsonl:{write(*lines)}", seed=0, jsonl=options, trained=trained)
+        assert not task.train
+        return sorted(p.data["problem"] for p in task.validation)
+
+    assert evaluated(*rows(100)[90:]) == [f"{i} + 1?" for i in range(90, 100)]
+    assert evaluated(*rows(22)[10:]) == ["20 + 1?", "21 + 1?"]
+    assert evaluated(*rows(21)[20:]) == ["20 + 1?"]
+    with pytest.raises(UserError, match=r"data\.jsonl: the run trains on all of its problems"):
+        evaluated(*rows(20))
+    assert make_task(trained[0].name, seed=0, jsonl=options, trained=trained) is trained[0]
+    mixture = make_task(f"jsonl:{write(*rows(30)[20:])}+glyph:A", seed=0, jsonl=options, trained=trained)
+    assert isinstance(mixture, Mixture)
+    assert len(mixture.parts[0].validation) == 10
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_held_out_problems_come_in_an_order_of_no_meaning(apart: bool, write: Write) -> None:
     """The first of them are evaluated on, and a file may be sorted."""
-    held_out = {"validation_path": write(*rows(200)[100:], name="v.jsonl")} if apart else {"validation_fraction": 0.5}
-    path, late = write(*rows(100)), []
-    for seed in range(20):  # the order depends on the path, too, which is another in every session
-        answers = [p.data["answer"] for p in JsonlTask(path, seed, JsonlOptions(**held_out)).validation]
-        assert answers != sorted(answers)
-        late += [a > sorted(answers)[len(answers) // 2] for a in answers[:20]]
-    assert 0.3 < sum(late) / len(late) < 0.7
+    posed = [{"problem": f"{i} + {random.random()}?", "answer": i} for i in range(1000)]
+    held_out = {"validation_path": write(*posed[500:], name="v.jsonl")} if apart else {"validation_fraction": 0.5}
+    answers = [p.data["answer"] for p in JsonlTask(write(*posed[:500]), JsonlOptions(**held_out)).validation]
+    assert answers != sorted(answers)
+    late = [a > sorted(answers)[len(answers) // 2] for a in answers[: len(answers) // 2]]
+    assert 0.35 < sum(late) / len(late) < 0.65  # 4.7 standard deviations
 
 
 def test_problems_of_equal_text_stay_on_one_side_of_the_split(write: Write) -> None:
-    task = JsonlTask(write(*rows(10), *rows(10), *rows(10)), 0, JsonlOptions(validation_fraction=0.5))
+    task = JsonlTask(write(*rows(10), *rows(10), *rows(10)), JsonlOptions(validation_fraction=0.5))
     assert len(task.train) == len(task.validation) == 15
     assert not {p.data["problem"] for p in task.train} & {p.data["problem"] for p in task.validation}
 
 
 def test_a_validation_file_is_used_whole_and_must_not_overlap(write: Write) -> None:
     train, held_out = write(*rows(10)), write(*rows(15)[10:], name="v.jsonl")
-    task = JsonlTask(train, 0, JsonlOptions(validation_path=held_out))
+    task = JsonlTask(train, JsonlOptions(validation_path=held_out))
     assert (len(task.train), len(task.validation)) == (10, 5)
     assert len({p.id for p in [*task.train, *task.validation]}) == 15
     with pytest.raises(UserError, match=r"v\.jsonl: the problem '9 \+ 1\?' is in .*data\.jsonl too; remove it"):
-        JsonlTask(train, 0, JsonlOptions(validation_path=write(*rows(15)[9:], name="v.jsonl")))
+        JsonlTask(train, JsonlOptions(validation_path=write(*rows(15)[9:], name="v.jsonl")))
 
 
 def test_blank_lines_a_bom_and_windows_line_ends_are_fine_and_lines_keep_their_numbers(write: Write) -> None:
@@ -106,7 +143,7 @@ def test_blank_lines_a_bom_and_windows_line_ends_are_fine_and_lines_keep_their_n
         b"",
     ]
     path = write(*lines)
-    task = JsonlTask(path, 0, JsonlOptions())
+    task = JsonlTask(path, JsonlOptions())
     assert {p.id for p in [*task.train, *task.validation]} == {f"jsonl:{path}/1", f"jsonl:{path}/4"}
 
 
@@ -114,7 +151,7 @@ def test_unicode_line_separators_inside_a_text_do_not_split_it(write: Write) -> 
     texts = ["one\u2028two", "three\x85four", "five\x0csix"]
     path = write(*(json.dumps({"problem": t, "answer": t}, ensure_ascii=False) for t in texts[:2]),
                  json.dumps({"problem": texts[2], "answer": "5"}))  # fmt: skip
-    task = JsonlTask(path, 0, JsonlOptions())
+    task = JsonlTask(path, JsonlOptions())
     assert {p.data["problem"] for p in [*task.train, *task.validation]} == set(texts)
 
 
@@ -167,7 +204,7 @@ def test_a_bad_file_or_option_is_refused_in_one_sentence(
     write: Write, lines: list[Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as e:
-        JsonlTask(write(*lines), 0, JsonlOptions(**options))
+        JsonlTask(write(*lines), JsonlOptions(**options))
     assert "\n" not in str(e.value)
     assert len(str(e.value)) < 600
 
@@ -375,6 +412,6 @@ def test_what_a_users_function_raises_is_told_with_its_line_the_problem_and_the_
 @given(answer=st.text(min_size=1).filter(lambda s: s.strip()), problem=st.text(min_size=1).filter(lambda s: s.strip()))
 def test_any_answer_in_a_file_is_right_for_itself(write: Write, answer: str, problem: str) -> None:
     path = write({"problem": problem, "answer": answer}, {"problem": problem + "!", "answer": answer})
-    task = JsonlTask(path, 0, JsonlOptions())
+    task = JsonlTask(path, JsonlOptions())
     for p in [*task.train, *task.validation]:
         assert task.verify(p, answer).reward == 1
