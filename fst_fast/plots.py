@@ -209,7 +209,9 @@ def draw(axes: Any, panel: Panel, groups: Sequence[Group]) -> None:
         if values == "reward" and all(0 <= r["reward"] <= 1 for g in groups for run in g.runs for r in run.evals):
             limits(-0.03, 1.03)
     if panel.y != "reward":
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        bottom, top = axes.get_ylim()
+        bottom, highest = min(0, bottom), axes.dataLim.y1  # the margin above is of what varies: a flat curve has none
+        axes.set_ylim(bottom, max(top, highest + 0.05 * (highest - bottom)))
     if panel.x != "reward":
         _mark_switches(axes, panel, groups)
         axes.locator_params("x", nbins=7, steps=(1, 2, 5, 10), integer=True)

@@ -141,6 +141,12 @@ def reflector(run: Run) -> str:
     }.get(name, str(name))
 
 
+def reflection_facts(run: Run) -> str:
+    calls, failures = run.reflection("calls"), run.reflection("failures")
+    failed = f", {failures:,.0f} of them gave no edit" if failures else ""
+    return f"{calls:,.0f} calls{failed}, ${run.reflection('dollars'):.2f}"
+
+
 def caveats(runs: Sequence[Run]) -> list[str]:
     """What a reader must know to read the numbers right (measured; see the project's notes on the embedded world)."""
     found = []
@@ -156,8 +162,9 @@ def caveats(runs: Sequence[Run]) -> list[str]:
             "From the reference experiment in this world, 3 seeds, not from the runs shown here: on one task, GEPA "
             "once and then RL does as well as FST; the switch of tasks is where interleaving shows, as insurance when "
             "the first attempt found no good prompt. At equal proposals it gained nothing.",
-            "K = 4 prompts show no gain over K = 1 when one rule governs all problems. With sliced tasks K > 1 pays, "
-            "per slice: read the best single prompt, the best per slice and the mean side by side.",
+            "Where one rule governs all problems, K = 4 prompts gain nothing over K = 1 if its one prompt finds the "
+            "rule, and everything if it does not. With sliced tasks K > 1 pays, per slice: read the best single "
+            "prompt, the best per slice and the mean side by side.",
             "Differences under about .05 mean nothing with 3 seeds. All of this is a 334 k-parameter model.",
         ]
     return found
@@ -223,7 +230,8 @@ class _Texts:
         self.candidates = [r for r in population if r.get("kind") == "candidate"]
         self.population = next((r for r in reversed(population) if r.get("kind") == "population"), None)
         self.rollouts, self.whole = sample_lines(run.dir / "rollouts" / "rollouts.jsonl", self.notes)
-        self.of = {str(r.get("id")): str(r.get("text") or "") for r in self.candidates}  # prompt id → text
+        named = [r for r in self.candidates if r.get("id")]  # a failed edit has no text
+        self.of = {str(r["id"]): str(r.get("text") or "") for r in named}  # prompt id → text
         self.taken: dict[str, Record] = {}  # prompt id → how it joined the pool, the first time
         for r in self.candidates:
             if r.get("status") in ("seed", "accepted"):
@@ -241,7 +249,7 @@ def view(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
         ("seed", str(run.seed)),
         ("model", run.config.get("model", {}).get("path", "?") or "the embedded glyph model, 334 k parameters"),
         ("reflector", reflector(run)),
-        ("reflection", f"{run.reflection('calls'):,.0f} calls, ${run.reflection('dollars'):.2f}"),
+        ("reflection", reflection_facts(run)),
         ("rollouts", f"{rollouts:,}, of them GEPA's {gepa:,} ({gepa / max(rollouts, 1):.0%})"),
         ("tokens", f"{run.total('tokens'):,}, of them GEPA's {run.total('gepa_tokens'):,}"),
         ("steps", f"{run.total('step'):,}"),
@@ -256,6 +264,7 @@ def view(run: Run, texts: _Texts, caps: Caps) -> dict[str, Any]:
         "lineage": lineage(texts, caps),
         "members": shown,
         "matrix": matrix(shown, texts.population or {}, slices),
+        "sliced": bool(slices),
         "pool": len((texts.population or {}).get("members", [])),
         "rollouts": choose_rollouts(run, texts, caps),
         "config": hide_secrets(toml.read_text(errors="replace") if toml.is_file() else ""),
@@ -295,7 +304,8 @@ def lineage(texts: _Texts, caps: Caps) -> dict[str, Any]:
     cycles: dict[tuple[int, int], list[Record]] = {}
     for r in texts.candidates:
         if id(r) in shown_ids:
-            diff = word_diff(texts.of.get(str(r.get("parent"))), str(r.get("text") or ""), caps.chars)
+            text = str(r.get("text") or "")
+            diff = word_diff(texts.of.get(str(r.get("parent"))), text, caps.chars) if text else ()
             cycles.setdefault((r.get("stage", 0), r.get("cycle", 0)), []).append({**r, "diff": diff})
     return {
         "cycles": [{"cycle": cycle, "stage": stage + 1, "of": of} for (stage, cycle), of in cycles.items()],

@@ -149,6 +149,7 @@ def make_run(
                     {"id": len(rollouts), "step": step + done, "prompt_id": names[best], "prompt": best}
                     | {
                         "problem_id": words(i, f"{task}/{draw.randrange(99)}"),
+                        "problem": words(i + 3, "a b c d, please"),
                         "slice": "",
                         "sample": i,
                         "purpose": "gepa" if len(rollouts) in reused else "rl",
@@ -240,6 +241,7 @@ def test_a_run_shows_its_numbers_prompts_edits_rollouts_and_what_to_know(tmp_pat
         "12 proposals accepted, 24 rejected", "36 refused", "minibatch 0.125 → 0.500",
         "the order is wrong; expected dcba", "[D,C,B,A];", "mean log-prob -0.440", "steps 60 to 74",
         "levels = [0.5, 0.9]", "no other is better on", "72 seconds", "weights 119, torch",
+        "a b c d, please",
     ):  # fmt: skip
         assert wanted in page.text, wanted
     assert "has not ended" not in page.text
@@ -270,12 +272,35 @@ def test_huge_texts_and_long_lineages_are_cut_and_the_page_says_so(tmp_path: Pat
     many = [proposal | {"text": "\"'<>&" * 1000 + str(i), "feedback": ["<" * 2000] * 30} for i in range(1500)]
     write_lines(run / "population.jsonl", [*lines, *huge, *many])
     rollout = json.loads((run / "rollouts" / "rollouts.jsonl").read_text().splitlines()[0])
-    write_lines(run / "rollouts" / "rollouts.jsonl", [rollout | {"response": "&" * 10**6, "step": i} for i in range(5)])
+    write_lines(
+        run / "rollouts" / "rollouts.jsonl",
+        [rollout | {"response": "&" * 10**6, "problem": "<" * 10**6, "step": i} for i in range(5)],
+    )
     page = Page(out := write_report([run], run / "report.html"))
     check_harmless(page)
     assert out.stat().st_size < report.MAX_BYTES
     assert re.search(r"1,?\d\d\d are left out of this page", page.text)
     assert re.search(r"\[99\d,\d\d\d more characters\]", page.text)
+
+
+def test_edits_that_failed_are_counted_and_no_prompt_descends_from_them(tmp_path: Path) -> None:
+    """They have neither text nor id, and a seed prompt has no parent."""
+    run = make_run(tmp_path / "run", steps=20)
+    lines = [json.loads(line) for line in (run / "population.jsonl").read_text().splitlines()]
+    proposal = next(line for line in lines if line["status"] == "rejected")
+    failed = proposal | {"id": None, "text": "", "status": "refused", "reason": "failed: the server said 500"}
+    write_lines(run / "population.jsonl", [failed, *lines, failed])
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in metrics:
+        if record["kind"] == "evolve":
+            record["reflection"]["failures"] = 2
+    write_lines(run / "metrics.jsonl", metrics)
+    page = Page(write_report([run], run / "report.html"))
+    assert "failed: the server said 500" in page.text
+    assert "24 calls, 8 of them gave no edit" in page.text
+    marked = [words for op, words in re.findall(r"<(ins|del)>(.*?)</", (run / "report.html").read_text(), re.DOTALL)]
+    assert marked
+    assert not any("transform the letters." in words for words in marked)
 
 
 def test_a_long_rollout_file_is_sampled_over_its_whole_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

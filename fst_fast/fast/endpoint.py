@@ -12,7 +12,7 @@ import openai
 from pydantic import BaseModel, Field
 
 from fst_fast.config import ReflectorConfig
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, quoted
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage
 from fst_fast.fast.template import Pose, instruction, parse
 
@@ -30,19 +30,25 @@ class EndpointReflector:
             raise UserError(f"reflector.base_url = {url!r}: must be a URL like http://localhost:8000/v1")
         self._url = url
         self.label = f"{config.model} at {urlsplit(url).hostname}"
-        self._reached = False
+        self._heard = False  # a completion, of whatever content
+        self._limit = "max_completion_tokens"
 
     def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
         """All requests at once, `concurrency` under way. Must not be called from a running event loop.
 
         Raises:
-            UserError: the endpoint refuses the key or does not know the model, or nothing listens at its address, and
-                it has never answered yet.
+            UserError: the endpoint has never given a completion: it refuses the key, does not know the model, nothing
+                listens at its address, or all these requests failed. A run would go on without any edit.
         """
         limits = {"max_prompt_chars": self._max_prompt_chars, "max_trace_chars": self._config.max_trace_chars}
         answers = asyncio.run(self._ask_all([instruction(r, self._pose, **limits) for r in requests]))
         for _, usage in answers:
             self.usage += usage
+        if answers and not self._heard:
+            raise UserError(
+                f"reflector: {self.label} answered none of {len(answers)} calls, check reflector.base_url and "
+                f"reflector.model ({quoted(answers[0][0].note, 300)})"
+            )
         return [reflection for reflection, _ in answers]
 
     async def _ask_all(self, texts: Sequence[str]) -> list[tuple[Reflection, ReflectionUsage]]:
@@ -62,7 +68,7 @@ class EndpointReflector:
                 body = await self._post(client, text)
             return self._read(body)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            if self.usage.calls == self.usage.failures:
+            if not self._heard:
                 raise UserError(
                     f"reflector: {self.label} refuses the key in {self._config.api_key_env} or the model, check "
                     f"reflector.base_url, reflector.model and the key ({self._redacted(error)})"
@@ -70,7 +76,7 @@ class EndpointReflector:
             return self._failed(error)
         except openai.APIConnectionError as error:
             why = error.__cause__ or error
-            if not self._reached and type(why).__name__ == "ConnectError":  # else a run would go on without any edit
+            if not self._heard and type(why).__name__ == "ConnectError":
                 raise UserError(
                     f"reflector: {self.label} cannot be reached, check reflector.base_url ({self._redacted(why)})"
                 ) from None
@@ -79,18 +85,23 @@ class EndpointReflector:
             return self._failed(error)
 
     async def _post(self, client: openai.AsyncOpenAI, text: str) -> bytes:
-        response = await client.chat.completions.with_raw_response.create(
-            model=self._config.model,
-            messages=[{"role": "user", "content": text}],
-            max_completion_tokens=self._config.max_new_tokens,
-        )
-        self._reached = True
+        """The body of the answer. Servers that do not know the limit's present name are given its old one."""
+        create = client.chat.completions.with_raw_response.create
+        limit: dict[str, Any] = {self._limit: self._config.max_new_tokens}
+        try:
+            response = await create(model=self._config.model, messages=[{"role": "user", "content": text}], **limit)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if "max_tokens" in limit or "max_completion_tokens" not in str(error):
+                raise
+            self._limit = "max_tokens"
+            return await self._post(client, text)
         return response.content
 
     def _read(self, body: bytes) -> tuple[Reflection, ReflectionUsage]:
         if len(body) > LARGEST_ANSWER:
             raise ValueError(f"an answer of {len(body)} bytes")
         answer = _Completion.model_validate_json(body)
+        self._heard = True
         choice = answer.choices[0]
         if choice.finish_reason == "length":
             reflection = Reflection(None, f"cut off at reflector.max_new_tokens = {self._config.max_new_tokens}")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -17,7 +18,7 @@ from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.rollout.schedule import FILLER, LengthPredictor, place, plan
 from fst_fast.seeding import derive
-from fst_fast.tasks.task import Message, Task, verdicts
+from fst_fast.tasks.task import Message, Task, posed, verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class Collector:
         rollouts = [rollout for _, rollout in sorted(everywhere, key=lambda found: found[0])]
         for r in rollouts:
             self._lengths.observe(r.problem.id, len(r.response_ids))
-        self.store.add(rollouts, step=asked.step)
+        self.store.add(rollouts, step=asked.step, posed=partial(posed, asked.task))
         self._count(rollouts, asked.purpose)
         return rollouts
 

@@ -46,11 +46,12 @@ class RolloutStore:
         """Bytes written so far, on disk."""
         return self._file.offset
 
-    def add(self, rollouts: Sequence[Rollout], *, step: int) -> None:
-        """Append and flush: a crash loses at most the batch being written."""
+    def add(self, rollouts: Sequence[Rollout], *, step: int, posed: Callable[[Problem], str]) -> None:
+        """Append and flush: a crash loses at most the batch being written. `posed`: a problem's text, for readers."""
         lines = []
         for r in rollouts:
-            lines.append(_seal(json.dumps({"id": self.count, "step": step, **_record(r)}, separators=(",", ":"))))
+            record = {"id": self.count, "step": step, "problem": posed(r.problem), **_record(r)}
+            lines.append(_seal(json.dumps(record, separators=(",", ":"))))
             if r.scoring:
                 self.scored[self.count] = r
             self.count += 1

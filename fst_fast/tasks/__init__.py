@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from fst_fast.errors import UserError
 from fst_fast.tasks.codeio import CodeioTask
@@ -14,7 +14,7 @@ from fst_fast.tasks.mixture import Mixture, is_mixture
 from fst_fast.tasks.physics import PhysicsTask
 from fst_fast.tasks.published import PublishedOptions
 from fst_fast.tasks.star_graph import StarGraphTask
-from fst_fast.tasks.task import Task
+from fst_fast.tasks.task import Task, posed
 
 FORMS = (
     "glyph:A (rule A to Z of the run's seed), glyph:A/B (sliced), star_graph:ARMSxLENGTH (e.g. star_graph:4x3), "
@@ -48,7 +48,8 @@ def make_task(
         case "star_graph":
             return StarGraphTask(rest, seed)
         case "jsonl":
-            return JsonlTask(rest, jsonl or JsonlOptions(), None if trained is None else set(posed(trained)))
+            known = None if trained is None else {posed(task, p) for task in trained for p in task.train}
+            return JsonlTask(rest, jsonl or JsonlOptions(), known)
         case "math" | "math-ood":
             return MathTask(rest, data or PublishedOptions(), unseen=kind == "math-ood")
         case "hover" | "hover-ood":
@@ -58,8 +59,3 @@ def make_task(
         case "codeio" | "codeio-ood":
             return CodeioTask(rest, data or PublishedOptions(), unseen=kind == "codeio-ood")
     raise UserError(f"task {spec!r}: there is no such task; known are {FORMS}.")
-
-
-def posed(tasks: Sequence[Task]) -> Iterator[str]:
-    """What the training problems of `tasks` say to the model."""
-    return (task.messages("", p)[-1]["content"] for task in tasks for p in task.train)

@@ -38,6 +38,11 @@ class Task(Protocol):
         ...
 
 
+def posed(task: Task, problem: Problem) -> str:
+    """What the model reads of a problem, its prompt apart."""
+    return task.messages("", problem)[-1]["content"]
+
+
 @runtime_checkable
 class VerifiesTogether(Protocol):
     """A task whose verifier waits for other processes: many answers take little longer than one."""

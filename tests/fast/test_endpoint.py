@@ -104,6 +104,14 @@ def usage_is(usage: Any) -> Callable[[Handler, int], None]:
     return lambda handler, _: handler.reply(json.dumps(answer).encode())
 
 
+def old(handler: Handler, _: int) -> None:
+    """A server from before max_completion_tokens."""
+    if "max_completion_tokens" in handler.server.received[-1][2]:
+        handler.reply(b'{"error": {"message": "unknown field max_completion_tokens"}}', 400)
+    else:
+        handler.say("from an old server")
+
+
 HTML = '</script><script>alert("x")</script><img src=x onerror=alert(1)> &amp; {0} %s'
 DEEP = b'{"choices":' + b"[" * 100_000
 
@@ -114,6 +122,7 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "error once": lambda h, n: h.reply(b"oops", 503, "text/plain") if n == 1 else h.say("after 503"),
     "reset once": lambda h, n: h.reset() if n == 1 else h.say("after reset"),
     "late once": lambda h, n: h.say("in time") if n > 1 else h.hang(),
+    "old": old,
     "html": lambda h, _: h.say(f"```\n{HTML}\n```"),
     "crowd": crowd,
     **{f"crowd {i}": crowd for i in range(12)},
@@ -264,6 +273,28 @@ def test_an_endpoint_that_refuses_from_the_start_is_a_user_error_without_the_key
     with pytest.raises(UserError, match=r"reflector\.base_url.*reflector\.model") as refusal:
         reflector(server).reflect(requests(name, name))
     assert KEY not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["bad request", "errors", "HTML page", "wrong type", "empty body", "late", "resets"])
+def test_one_that_answers_none_of_the_first_calls_is_too(server: Endpoint, name: str) -> None:
+    """Or a run would be RL alone, and end well."""
+    with pytest.raises(UserError, match=r"answered none of 2 calls, check reflector\.base_url and") as refusal:
+        reflector(server, retries=0).reflect(requests(name, name))
+    assert KEY not in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["null content", "cut off", "empty block"])
+def test_one_whose_answers_are_no_edits_is_not(server: Endpoint, name: str) -> None:
+    assert [r.text for r in reflector(server).reflect(requests(name, name))] == [None, None]
+
+
+def test_a_server_that_knows_the_limit_by_its_old_name_alone_is_given_that(server: Endpoint) -> None:
+    openai = reflector(server, max_new_tokens=99)
+    assert [r.text for r in openai.reflect(requests("old"))] == ["from an old server"]
+    assert [r.text for r in openai.reflect(requests("old"))] == ["from an old server"]
+    assert [body.get("max_tokens") for _, _, body in server.received] == [None, 99, 99]
+    assert openai.usage.failures == 0
 
 
 @pytest.mark.parametrize("name", ["wrong key", "unknown model"])

@@ -266,15 +266,15 @@ def test_metrics_tell_reused_from_fresh() -> None:
 def test_the_store_reads_back_what_was_scored_and_nothing_else(tmp_path: Path) -> None:
     over = problems(3)
     store = RolloutStore(tmp_path)
-    store.add([scored(PROMPTS[0], over[0])], step=0)
+    store.add([scored(PROMPTS[0], over[0])], step=0, posed=str)
     start = store.offset
     odd = replace(
         scored(Prompt('\ud800 \u2028 ,"crc":"'), over[1], 0.5), logprobs=(-1 / 3, -1e-30), versions=((4, 1), (5, 1))
     )
-    store.add([odd, replace(odd, scoring=False), scored(PROMPTS[1], over[2])], step=1)
+    store.add([odd, replace(odd, scoring=False), scored(PROMPTS[1], over[2])], step=1, posed=str)
     kept = dict(store.scored)
     offset, count = store.offset, store.count
-    store.add([odd], step=2)
+    store.add([odd], step=2, posed=str)
     with open(store.path, "ab") as file:
         file.write(b'{"id":7,"torn')
     again = RolloutStore(tmp_path, offset=offset, count=count)
@@ -287,7 +287,7 @@ def test_the_store_reads_back_what_was_scored_and_nothing_else(tmp_path: Path) -
 def test_a_damaged_line_is_one_clear_error(at: float, tmp_path: Path) -> None:
     over = problems(3)
     store = RolloutStore(tmp_path)
-    store.add([scored(PROMPTS[0], x) for x in over], step=0)
+    store.add([scored(PROMPTS[0], x) for x in over], step=0, posed=str)
     data = bytearray(store.path.read_bytes())
     data[int(at * len(data))] ^= 1
     store.path.write_bytes(data)
