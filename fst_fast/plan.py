@@ -15,12 +15,16 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from fst_fast.config import Config, Recompute, check, validated
+from fst_fast.config import Config, Recompute, check, stages, validated
+from fst_fast.data import make_order
 from fst_fast.errors import UserError
+from fst_fast.fast.reflectors import make_reflector
 from fst_fast.memory import FRAGMENTS, GIB, Layout, Part, host_parts, kv_room, parts, peak
 from fst_fast.model import GLYPH_BASE
 from fst_fast.rates import Hardware, Lengths, Roofline, kind_of, read_table
 from fst_fast.shape import Shape, read_shape
+from fst_fast.tasks import make_task
+from fst_fast.tasks.mixture import tasks_in
 from fst_fast.workload import LIVE, Speed, Work, phases, work_of
 
 # GPU-hours a run of the model on 8 H100: the paper's range, and what this project wants
@@ -109,6 +113,13 @@ def check_fits(config: Config, options: PlanOptions, target: Target) -> None:
             f"(plan.prompt_tokens, plan.problem_tokens) that exceeds the context of {target.shape.name}, "
             f"{target.shape.context} tokens; use {max(1, target.shape.context - context)} or less"
         )
+    answer = config.reflector.max_new_tokens
+    if config.mode != "rl" and config.fast.reflector == "policy" and answer >= target.shape.context:
+        raise UserError(
+            f"reflector.max_new_tokens = {answer}: an edit by the policy of that length leaves no room for its "
+            f"question in the context of {target.shape.name}, {target.shape.context} tokens; use less, or another "
+            "--reflector"
+        )
     at = layout_of(config, options, target)
     if not (fault := _misfit(target, at)):
         return
@@ -118,6 +129,26 @@ def check_fits(config: Config, options: PlanOptions, target: Target) -> None:
         if not _misfit(target, changed):
             raise UserError(f"{fault}; {_flags(at, changed)} fits")
     raise UserError(f"{fault}; neither recomputing, offloading, bf16 nor 64 times the GPUs make it fit")
+
+
+def check_tasks(config: Config) -> list[str]:
+    """UserError for tasks that are not as the run needs them; those whose data is not on this machine, unread."""
+    away = []
+    for stage in stages(config.stream):
+        if not all(_is_here(task) for task in tasks_in(stage.task)):
+            away.append(stage.task)
+            continue
+        task = make_task(stage.task, seed=config.seed, jsonl=config.jsonl, data=config.data)
+        make_order(task, config.rollout.problems, stage, seed=config.seed, name=task.name)
+        if config.mode != "rl" and config.fast.reflector == "phrasebook":
+            make_reflector(config.fast, config.reflector, task)
+    return away
+
+
+def _is_here(task: str) -> bool:
+    """Whether a task needs no data, or has it in a file or folder."""
+    kind, _, source = task.partition(":")
+    return kind.removesuffix("-ood") not in ("jsonl", "codeio", "math", "hover", "physics") or Path(source).exists()
 
 
 def _gpus(n: int) -> str:
@@ -225,19 +256,24 @@ def lines(config: Config, options: PlanOptions) -> Iterator[str]:
     validated(PlanOptions, asdict(options), prefix="plan.")
     if config.slow.lora_rank:
         raise UserError("slow.lora_rank: a plan knows the training of all weights alone; use 0 for an upper bound")
+    away = check_tasks(config)
     target = target_of(config, options)
     if target.on_gpu or not target.here:
         check_fits(config, options, target)
     speed = speed_of(config, options, target)
     live = options.live or (LIVE if target.here else 1.0)
     work = work_of(config, live)
-    yield from report(config, options, target, speed, work)
+    yield from report(config, options, target, speed, work, away)
 
 
-def report(config: Config, options: PlanOptions, target: Target, speed: Speed, work: Work) -> Iterator[str]:
+def report(
+    config: Config, options: PlanOptions, target: Target, speed: Speed, work: Work, away: list[str]
+) -> Iterator[str]:
     shape, hardware, n = target.shape, target.hardware, speed.lengths
     machine = "this machine's CPU" if hardware.name == "cpu" else f"{options.gpus} x {hardware.name}"
     yield f"plan: {config.mode} of {shape.name} ({shape.parameters / 1e9:.4g} B parameters) on {machine}"
+    if away:
+        yield f"not looked at, since it is not on this machine: {', '.join(away)}"
     yield ""
     if target.on_gpu:
         at = layout_of(config, options, target)

@@ -22,6 +22,21 @@ def test_the_kernels_import_nothing_of_the_trainer_or_of_transformers(tmp_path: 
     assert python(code, tmp_path) == "[]\n"
 
 
+def test_a_bare_install_says_what_the_trainer_needs(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util, runpy, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'pydantic' else find(name, *more)\n"
+        "import fst_fast.prefix_tree\n"  # which needs nothing of it
+        "del sys.modules['fst_fast']\n"
+        "sys.argv = ['-m']\n"  # as python -m has it while it looks for the module
+        "runpy.run_module('fst_fast.train', run_name='__main__')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = "error: the kernels are installed without what the trainer needs; pip install -e '.[train]'\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
 def test_the_folder_kernels_is_not_taken_for_the_package_of_that_name() -> None:
     """PyPI has a package `kernels` that transformers looks for; from the repository's root it must not find ours."""
     code = (

@@ -29,6 +29,7 @@ from tests.models import save_tiny
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 BIG = ["--plan", "--plan.model", "qwen3-8b", "--plan.gpu", "h100", "--plan.gpus", "8", "--model.dtype", "bfloat16"]
+NOISE = f"jsonl:{Path(__file__).parent / 'data' / 'noise.jsonl'}@9"
 FITS = [*BIG, "--slow.recompute", "full", "--stream", "jsonl:none.jsonl@200"]
 
 
@@ -215,6 +216,21 @@ def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytes
         (["--plan.model", "gpt-9"], "plan.model = 'gpt-9': there is no gpt-9/config.json"),
         (["--slow.lora-rank", "8"], "slow.lora_rank: a plan knows the training of all weights alone"),
         (["--rollout.group-size", "6"], "rollout.group_size = 6 cannot be spread evenly"),
+        (
+            ["--stream", NOISE, "--jsonl.verifier", "foo"],
+            "jsonl.verifier: 'foo' is not known",
+        ),
+        (["--stream", NOISE], "rollout.problems = 32 is more than the 23 training problems"),
+        (["--stream", NOISE, "--reflector", "phrasebook", "--rollout.problems", "8"], "has no phrase book; choose"),
+        (["--stream", "glyph:A+hover:nowhere@9,runes:A@9"], "task 'runes:A': there is no such task"),
+        (
+            ["--stream", "star_graph:4x3@9,glyph:A@9", "--reflector", "phrasebook", "--rollout.problems", "9999"],
+            "9999 is",
+        ),
+        (
+            ["--reflector", "policy", "--reflector.max-new-tokens", "99999"],
+            "reflector.max_new_tokens = 99999: an edit by",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence_that_names_the_field(flags: list[str], said: str) -> None:
@@ -434,6 +450,7 @@ def test_the_plan_says_what_is_not_measured_and_shows_its_arithmetic(capsys: pyt
     rates = lines[next(i for i, line in enumerate(lines) if line.startswith("rates of h100")) + 1 :]
     assert all("measured" in line or "data sheet" in line for line in rates if line)
     assert "200 steps" in shown
+    assert "not looked at, since it is not on this machine: jsonl:none.jsonl" in lines
 
 
 def test_the_plan_says_what_overlap_would_save_as_a_plan_with_it_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,8 +504,8 @@ def test_a_plan_needs_a_config_json_alone_and_writes_nothing(
         if file.name != "config.json":
             file.unlink()
     monkeypatch.chdir(tmp_path)
-    shown = planned(["--plan", "--model.path", "model", "--plan.gpu", "a100"], capsys)
-    assert "fst of model" in shown
+    shown = planned(["--plan", "--model.path", "model", "--plan.gpu", "a100", "--mode", "rl"], capsys)
+    assert "rl of model" in shown
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "config.json"]
 
 

@@ -71,6 +71,11 @@ def parts_of(task: Task) -> Sequence[Task]:
     return task.parts if isinstance(task, Mixture) else [task]
 
 
+def tasks_in(spec: str) -> list[str]:
+    """The tasks that a mixture names; of another task, itself."""
+    return [s for block in BLOCKS.split(spec) for phase in PHASES.split(block) for s in TASKS.split(phase)]
+
+
 def is_mixture(spec: str) -> bool:
     return bool(PHASES.search(spec) or TASKS.search(spec))
 
