@@ -80,7 +80,8 @@ class FastConfig:
     every: Few = 6
     """T: steps between two GEPA cycles."""
     proposals: Few = 8
-    """Children GEPA proposes a cycle."""
+    """Children GEPA proposes a cycle. Mode gepa adds what the rollouts of the steps that it does not take would pay
+    for; rl-then-gepa proposes all of them after its last step."""
     first_proposals: Few = 24
     """The same for the first cycle of a run or of a stage, where everything has to be found."""
     parallel: Few = 8
@@ -136,7 +137,7 @@ class ReflectorConfig:
     max_new_tokens: Count = 2048
     """Longest answer asked for."""
     price_in: Amount = 1.25
-    """Dollars per million prompt tokens, for the run's accounting."""
+    """Dollars per million prompt tokens, for the run's accounting: gpt-5.2's; 0 for a server of your own."""
     price_out: Amount = 10.0
     """Dollars per million completion tokens."""
     max_trace_chars: Count = 4000
