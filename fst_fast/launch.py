@@ -72,6 +72,8 @@ def launch(count: int, argv: Sequence[str]) -> int:
     except SignalException as error:
         sentence = f"stopped by {error.sigval.name}; --resume continues from the last checkpoint, if there is one yet"
         return say(sentence, 128 + error.sigval)
+    finally:
+        del os.environ[LAUNCHER]
     return 0
 
 
