@@ -5,6 +5,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # the models are tiny, and the machine's other core has work of its own
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest in the background has it ignored
 
 
 @pytest.fixture(autouse=True)
