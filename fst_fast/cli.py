@@ -73,9 +73,10 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     planning = any(word == "--plan" or word.startswith("--plan.") for word in argv)
     argv = [word for word in argv if word != "--plan"]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--mode", "--config-file", "--model.path", "--plan.model", "--resume", "--stream"):
+    for name in ("--preset", "--mode", "--config-file", "--model.path", "--plan.model", "--resume"):
         early.add_argument(name, default="")
     early.add_argument("--ranks", default="0")
+    early.add_argument("--stream")
     try:
         known, others = early.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -89,7 +90,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
                 "configured"
             )
         config = read_config(Path(known.resume))
-        config = lengthened(config, known.stream) if known.stream else config
+        config = config if known.stream is None else lengthened(config, known.stream)
         return TrainCommand(resume=known.resume, ranks=ranks, config=config)
     data = read_toml(known.config_file) if known.config_file else {}
     if _is_dir_of(data.get("run_dir"), known.config_file):  # it is that run's config.toml

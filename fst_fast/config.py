@@ -277,9 +277,9 @@ def lengthened(config: Config, stream: str) -> Config:
     """`config` of a run that is to go on with `stream`: its own with more steps of the last task, more tasks behind
     it, or both. Raises UserError for any other."""
     old, new = stages(config.stream), stages(stream)
-    *before, last = old
-    at_least = [replace(s, steps=min(s.steps, last.steps)) if s.index == last.index else s for s in new]
-    if at_least[: len(old)] != [*before, last]:
+    last = old[-1]
+    at_most = [replace(s, steps=min(s.steps, last.steps)) if s.index == last.index else s for s in new]
+    if at_most[: len(old)] != old:
         raise UserError(
             f"stream = {quoted(stream, 200)}: a run goes on with more steps of its last task, or more tasks behind it, "
             f"and this one had {quoted(config.stream, 200)}"

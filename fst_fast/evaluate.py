@@ -181,8 +181,8 @@ class EvaluateCommand:
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
     task: str = ""
-    """Task to evaluate on, e.g. glyph:C or jsonl:FILE, of which all is used that the run does not train on; empty = the
-    run's last stage."""
+    """Task to evaluate on, e.g. glyph:C, or jsonl:FILE: of a file all problems that the run does not train on. Empty =
+    the run's last stage."""
     problems: int = 0
     """Held-out problems; 0 = all there are."""
     samples: int = 4
@@ -228,7 +228,7 @@ def evaluate_run(command: EvaluateCommand) -> tuple[dict[str, Any], dict[str, st
     """
     from fst_fast import checkpoint  # these import this file, or what does
     from fst_fast.context import check_room, longest_problem
-    from fst_fast.state import State, fingerprint
+    from fst_fast.state import State, check_inputs, fingerprint
 
     config = read_config(command.run)
     settings = replace(config.eval, samples=command.samples, problems=command.problems or config.eval.problems)
@@ -248,11 +248,7 @@ def evaluate_run(command: EvaluateCommand) -> tuple[dict[str, Any], dict[str, st
     torch.set_num_threads(config.threads)
     loading = {k: v for k, v in asdict(config.model).items() if k != "path"}
     base = load_model(config.model.path, **loading)
-    if saved["inputs"] != fingerprint(tasks, ood, base)[: len(saved["inputs"])]:
-        raise UserError(
-            f"run: the problems or the base model are not those that {command.run} was begun with; put the old ones "
-            "back"
-        )
+    check_inputs(saved["inputs"], fingerprint(tasks, ood, base), command.run)
     model = load_model(str(folder / "model"), **loading)
     engine = make_engine(config.rollout, model)
     check_engine(engine, model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, get_args
@@ -18,7 +19,7 @@ from pydantic import Field
 from fst_fast.config import Config, Recompute, check, stages, validated
 from fst_fast.data import make_order
 from fst_fast.errors import UserError
-from fst_fast.fast.reflectors import make_reflector
+from fst_fast.fast.reflectors import make_reflectors
 from fst_fast.memory import FRAGMENTS, GIB, Layout, Part, host_parts, kv_room, parts, peak
 from fst_fast.model import GLYPH_BASE
 from fst_fast.rates import Hardware, Lengths, Roofline, kind_of, read_table
@@ -113,13 +114,6 @@ def check_fits(config: Config, options: PlanOptions, target: Target) -> None:
             f"(plan.prompt_tokens, plan.problem_tokens) that exceeds the context of {target.shape.name}, "
             f"{target.shape.context} tokens; use {max(1, target.shape.context - context)} or less"
         )
-    answer = config.reflector.max_new_tokens
-    if config.mode != "rl" and config.fast.reflector == "policy" and answer >= target.shape.context:
-        raise UserError(
-            f"reflector.max_new_tokens = {answer}: an edit by the policy of that length leaves no room for its "
-            f"question in the context of {target.shape.name}, {target.shape.context} tokens; use less, or another "
-            "--reflector"
-        )
     at = layout_of(config, options, target)
     if not (fault := _misfit(target, at)):
         return
@@ -132,23 +126,30 @@ def check_fits(config: Config, options: PlanOptions, target: Target) -> None:
 
 
 def check_tasks(config: Config) -> list[str]:
-    """UserError for tasks that are not as the run needs them; those whose data is not on this machine, unread."""
-    away = []
+    """UserError for tasks that are not as the run needs them. Those that were not looked at: their data is not on this
+    machine, or takes work to read."""
+    make, away = partial(make_task, seed=config.seed, jsonl=config.jsonl, data=config.data), []
     for stage in stages(config.stream):
-        if not all(_is_here(task) for task in tasks_in(stage.task)):
+        if not all(map(_is_here, tasks_in(stage.task))):
             away.append(stage.task)
             continue
-        task = make_task(stage.task, seed=config.seed, jsonl=config.jsonl, data=config.data)
+        task = make(stage.task)
         make_order(task, config.rollout.problems, stage, seed=config.seed, name=task.name)
         if config.mode != "rl" and config.fast.reflector == "phrasebook":
-            make_reflector(config.fast, config.reflector, task)
+            make_reflectors(config.fast, config.reflector, [task])
+    if ood := config.eval.ood:
+        if all(map(_is_here, tasks_in(ood))):
+            make(ood, trained=[])
+        else:
+            away.append(ood)
     return away
 
 
 def _is_here(task: str) -> bool:
-    """Whether a task needs no data, or has it in a file or folder."""
+    """Whether a task needs no data, or has it in a file or folder that is read at once: codeio runs its programs."""
     kind, _, source = task.partition(":")
-    return kind.removesuffix("-ood") not in ("jsonl", "codeio", "math", "hover", "physics") or Path(source).exists()
+    named = kind.removesuffix("-ood")
+    return named != "codeio" and (named not in ("jsonl", "math", "hover", "physics") or Path(source).exists())
 
 
 def _gpus(n: int) -> str:
@@ -258,6 +259,12 @@ def lines(config: Config, options: PlanOptions) -> Iterator[str]:
         raise UserError("slow.lora_rank: a plan knows the training of all weights alone; use 0 for an upper bound")
     away = check_tasks(config)
     target = target_of(config, options)
+    answer, context = config.reflector.max_new_tokens, target.shape.context
+    if config.mode != "rl" and config.fast.reflector == "policy" and answer >= context:
+        raise UserError(
+            f"reflector.max_new_tokens = {answer}: an edit by the policy of that length leaves no room for its "
+            f"question in the context of {target.shape.name}, {context} tokens; use less, or another --reflector"
+        )
     if target.on_gpu or not target.here:
         check_fits(config, options, target)
     speed = speed_of(config, options, target)
@@ -273,7 +280,7 @@ def report(
     machine = "this machine's CPU" if hardware.name == "cpu" else f"{options.gpus} x {hardware.name}"
     yield f"plan: {config.mode} of {shape.name} ({shape.parameters / 1e9:.4g} B parameters) on {machine}"
     if away:
-        yield f"not looked at, since it is not on this machine: {', '.join(away)}"
+        yield f"not looked at, not on this machine or too much work: {', '.join(away)}"
     yield ""
     if target.on_gpu:
         at = layout_of(config, options, target)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from fst_fast.errors import UserError
 from fst_fast.fast.population import Member
 from fst_fast.fast.reflection import ReflectionUsage
 from fst_fast.model import Model
@@ -32,6 +34,17 @@ def fingerprint(tasks: Sequence[Task], ood: Task | None, base: Model) -> list[st
 
     weights = (f"{name} {list(p.shape)} {p.detach().flatten()[:64].tolist()}" for name, p in base.lm.named_parameters())
     return [digest([*weights, *(problems(ood) if ood else ())]), *(digest(problems(task)) for task in tasks)]
+
+
+def check_inputs(saved: list[str] | str, own: list[str], run: Path) -> None:
+    """UserError unless `own` is the fingerprint that `run` was begun with, or that with more stages behind."""
+    if isinstance(saved, str):
+        raise UserError(f"{run} was begun by an older version of fst-fast, whose runs this one does not go on from")
+    if saved != own[: len(saved)]:
+        raise UserError(
+            f"the problems, those of eval.ood among them, or the base model are not those that {run} was begun with; "
+            "put the old ones back, or start a new run"
+        )
 
 
 @dataclass

@@ -27,13 +27,12 @@ from fst_fast.config import (
 )
 from fst_fast.context import check_context, room
 from fst_fast.data import make_order
-from fst_fast.errors import UserError
 from fst_fast.evaluate import deployed, evaluate, mean
 from fst_fast.evolving import Evolving
 from fst_fast.fast.cycle import Cycle
 from fst_fast.fast.lineage import lineage, summary
 from fst_fast.fast.population import Member, distinct
-from fst_fast.fast.reflectors import make_reflector
+from fst_fast.fast.reflectors import make_reflectors
 from fst_fast.files import Appender, write_atomic
 from fst_fast.meter import Meter, mfu, sampling_work
 from fst_fast.model import Model, load_model
@@ -55,7 +54,7 @@ from fst_fast.slow.learner import Learner, StepReport
 from fst_fast.slow.lora import adapt
 from fst_fast.slow.policy import Policy
 from fst_fast.slow.sharding import recompute, shard
-from fst_fast.state import State, fingerprint
+from fst_fast.state import State, check_inputs, fingerprint
 from fst_fast.tasks import make_task
 from fst_fast.tasks.task import Message
 from fst_fast.telemetry import Telemetry
@@ -133,10 +132,8 @@ class Trainer:
         config, run_dir, dry = self.config, self.run_dir, not self.ranks.main
         self.ranks.first(lambda: check_empty(run_dir, resume=resume))
         check_shared(run_dir, self.ranks)
-        self.reflectors = [
-            make_reflector(config.fast, config.reflector, t, self._generate, self.ranks)
-            for t in (self.tasks if config.mode != "rl" else ())
-        ]
+        if config.mode != "rl":
+            self.reflectors = make_reflectors(config.fast, config.reflector, self.tasks, self._generate, self.ranks)
         offsets = self.restore() if resume else {}
         if self.state.complete:
             if self.ranks.main:
@@ -172,11 +169,7 @@ class Trainer:
         if folder is None:
             return {}
         saved = self.ranks.first(lambda: checkpoint.read_state(folder))
-        if saved["inputs"] != self.inputs[: len(saved["inputs"])]:
-            raise UserError(
-                f"resume: the problems or the base model of {self.run_dir} are not those it was begun with; put the "
-                "old ones back, or start a new run"
-            )
+        check_inputs(saved["inputs"], self.inputs, self.run_dir)
         checkpoint.load_policy(folder, self.policy, self.ranks)
         self.state = State.from_dict(saved)
         self.saved = self.state.step

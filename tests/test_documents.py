@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fst_fast.meter import together
+from fst_fast.telemetry import _costs_behind
 from fst_fast.train import main
 
 POWER = {"joules": 1.0, "watts": 1.0, "memory": 1.0, "utilisation": 1.0}
@@ -51,6 +52,7 @@ def test_every_field_and_phase_of_a_runs_records_is_explained(tmp_path: Path) ->
             known = explained | {f"{age}_{name}" for age in ("older", "reused", "fresh") for name in explained}
             inner.append(record.get("reuse", {}))
             assert {key for fields in (record, *inner) for key in fields} <= known
+    assert {"lost", *(_costs_behind(tmp_path / "fst" / "metrics.jsonl", 0) or {})} <= explained
     gpu = {"gpu_hours", "gpu_dollars", "gpu_tokens_per_second", "mfu", "step_mfu", *together([POWER])}
     assert gpu <= explained
 

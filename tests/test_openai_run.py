@@ -18,7 +18,7 @@ from fst_fast.fast import endpoint
 from fst_fast.fast.reflectors import OnFirstRank
 from fst_fast.train import main
 from fst_fast.trainer import Trainer
-from tests.fast.test_endpoint import Endpoint, Handler
+from tests.fast.test_endpoint import Handler, Server
 
 INJECTED = (
     "use upper case. </script><script>document.documentElement.dataset.pwned = 1</script>"
@@ -48,12 +48,12 @@ class InTurn(Handler):
 
 
 @contextmanager
-def serving(handler: type[Handler], patch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+def serving(handler: type[Handler], patch: pytest.MonkeyPatch) -> Iterator[Server]:
     """An endpoint that answers as `handler` does, with a key for it."""
     patch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
     patch.setenv("NO_PROXY", "127.0.0.1")
     patch.setattr(endpoint, "_BACK_OFF", 0.5)
-    with Endpoint() as server:
+    with Server() as server:
         server.RequestHandlerClass = handler
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -63,7 +63,7 @@ def serving(handler: type[Handler], patch: pytest.MonkeyPatch) -> Iterator[Endpo
         thread.join()
 
 
-def flags(server: Endpoint, run_dir: Path, **more: object) -> list[str]:
+def flags(server: Server, run_dir: Path, **more: object) -> list[str]:
     given = {
         "reflector": "openai", "reflector.base-url": f"http://127.0.0.1:{server.server_address[1]}/v1",
         "reflector.timeout": 1.0, "reflector.retries": 0, "reflector.price-out": 50.0,

@@ -34,7 +34,7 @@ def test_a_bare_install_says_what_the_trainer_needs(tmp_path: Path) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     said = "error: the kernels are installed without what the trainer needs; pip install -e '.[train]'\n"
-    assert (ended.returncode, ended.stderr) == (1, said)
+    assert (ended.returncode, ended.stderr) == (2, said)
 
 
 def test_the_folder_kernels_is_not_taken_for_the_package_of_that_name() -> None:

@@ -227,6 +227,7 @@ def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytes
             ["--stream", "star_graph:4x3@9,glyph:A@9", "--reflector", "phrasebook", "--rollout.problems", "9999"],
             "9999 is",
         ),
+        (["--eval.ood", "runes:B"], "task 'runes:B': there is no such task"),
         (
             ["--reflector", "policy", "--reflector.max-new-tokens", "99999"],
             "reflector.max_new_tokens = 99999: an edit by",
@@ -238,6 +239,11 @@ def test_what_cannot_be_is_refused_in_a_sentence_that_names_the_field(flags: lis
         main([*FITS, *flags])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_embedded_model_is_no_reflector_of_its_own_prompts_in_a_plan_either() -> None:
+    with pytest.raises(UserError, match=r"reflector.max_new_tokens = 2048: an edit by the policy .* 512 tokens"):
+        main(["--plan", "--reflector", "policy"])
 
 
 def test_what_does_not_fit_this_machine_is_not_said_of_gpus() -> None:
@@ -438,7 +444,8 @@ def test_twice_the_gpus_are_faster_but_for_the_long_tail() -> None:
 
 
 def test_the_plan_says_what_is_not_measured_and_shows_its_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = planned([*FITS, "--reflector", "openai", "--price-per-gpu-hour", "2"], capsys)
+    ood = "codeio-ood:tests/data/codeio.jsonl"
+    shown = planned([*FITS, "--reflector", "openai", "--price-per-gpu-hour", "2", "--eval.ood", ood], capsys)
     lines = shown.splitlines()
     (hours,) = (line for line in lines if line.startswith("GPU-hours"))
     words = hours.replace(",", "").replace(";", "").replace("$", "").split()
@@ -450,7 +457,7 @@ def test_the_plan_says_what_is_not_measured_and_shows_its_arithmetic(capsys: pyt
     rates = lines[next(i for i, line in enumerate(lines) if line.startswith("rates of h100")) + 1 :]
     assert all("measured" in line or "data sheet" in line for line in rates if line)
     assert "200 steps" in shown
-    assert "not looked at, since it is not on this machine: jsonl:none.jsonl" in lines
+    assert f"not looked at, not on this machine or too much work: jsonl:none.jsonl, {ood}" in lines
 
 
 def test_the_plan_says_what_overlap_would_save_as_a_plan_with_it_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ from fst_fast.ranks import LAUNCHER, Ranks
 from fst_fast.rollout import vllm_engine
 from fst_fast.slow.policy import Policy
 from fst_fast.trainer import BASE_VERSION
-from tests.fast.test_endpoint import Endpoint, Handler
+from tests.fast.test_endpoint import Handler, Server
 from tests.models import save_tiny
 from tests.once import once
 from tests.warm import Warm, free_port
@@ -214,7 +214,7 @@ class Answers(Handler):
 def test_a_reflector_that_costs_money_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-any")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Endpoint() as server:
+    with Server() as server:
         server.RequestHandlerClass = Answers
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from fst_fast import report
 from fst_fast.plots import COLORS, PANELS, draw, group_runs, plot_comparison, svg
 from fst_fast.report import matrix, tree, word_diff, write_report
-from fst_fast.runs import read_run
+from fst_fast.runs import Run, read_run
 
 HOSTILE = [
     "<script>document.title = 'pwned'; document.documentElement.dataset.pwned = 1</script>",
@@ -245,6 +245,9 @@ def test_a_run_shows_its_numbers_prompts_edits_rollouts_and_what_to_know(tmp_pat
     ):  # fmt: skip
         assert wanted in page.text, wanted
     assert "has not ended" not in page.text
+    stages = page.text.partition("Stages")[2].partition("Curves")[0]
+    assert "best per slice" not in stages  # there are none
+    assert "retention" in stages
     assert page.tags.count("svg") == len(PANELS)
     assert "hunter2" not in page.text
     assert page.tags.count("ins") >= 72
@@ -394,6 +397,31 @@ def test_the_bold_line_is_the_median_of_the_seeds_at_each_evaluation(tmp_path: P
     assert list(bold[1].get_xdata()) == [60, 70, 80, 90, 100, 110, 120]
     at_80 = [r["reward"] for run in groups[0].runs for r in run.evals if r["stage"] == 1 and r["step"] == 80]
     assert bold[1].get_ydata()[2] == statistics.median(at_80)
+
+
+def test_a_curve_that_hardly_moves_lies_below_the_frame() -> None:
+    from matplotlib.figure import Figure
+
+    run = Run(Path("run"), {"mode": "rl"}, (), tuple(
+        {"kind": "eval", "step": i, "stage": 0, "task": "x", "reward": 0.0, "entropy": 6.1 + i / 1e4} for i in range(9)
+    ), (), ())  # fmt: skip
+    (panel,) = (p for p in PANELS if p.y == "entropy")
+    axes = Figure().subplots()
+    draw(axes, panel, group_runs([run]))
+    bottom, top = axes.get_ylim()
+    assert bottom == 0
+    assert top > 6.3
+
+
+def test_a_column_that_nothing_was_measured_for_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=20)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", [{k: v for k, v in r.items() if k != "retention"} for r in metrics])
+    rollouts = [json.loads(line) for line in (run / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
+    write_lines(run / "rollouts" / "rollouts.jsonl", [r | {"slice": "ab"[i % 2]} for i, r in enumerate(rollouts)])
+    shown = Page(write_report([run], run / "report.html")).text.partition("Stages")[2].partition("Curves")[0]
+    assert "best per slice" in shown
+    assert "retention" not in shown.lower()
 
 
 def test_labels_with_dollars_and_markup_are_drawn_as_they_stand(tmp_path: Path) -> None:

@@ -255,6 +255,21 @@ def test_a_finished_run_that_is_given_more_goes_on_as_if_it_had_been_its_from_th
     assert_equal(run, whole("fst"))
 
 
+def test_a_run_that_ended_between_evaluations_keeps_that_of_its_end(
+    warm: Warm, flags: Flags, whole: Whole, tmp_path: Path
+) -> None:
+    run, argv = tmp_path / "run", flags("fst", tmp_path / "run")
+    stream = argv.index("--stream") + 1
+    assert warm.run(*argv[:stream], "glyph:A@3,glyph:B@1", *argv[stream + 1 :]) == (0, "")
+    assert warm.run("--resume", run, "--stream", argv[stream]) == (0, "")
+    steps, long = ([r for r in records(at) if r["kind"] == "eval"] for at in (run, whole("fst")))
+    assert [(r["step"], r["stage"]) for r in steps] == [(0, 0), (2, 0), (3, 0), (3, 1), (4, 1), (5, 1)]
+    assert [r for r in steps if r["step"] != 4] == long
+    ours, theirs = checkpoint.folders(run)[0], checkpoint.folders(whole("fst"))[0]
+    assert tree(ours / "model") == tree(theirs / "model")
+    assert same(trained(ours), trained(theirs))
+
+
 @pytest.mark.parametrize(
     ("mode", "stream", "said"),
     [
@@ -265,6 +280,7 @@ def test_a_finished_run_that_is_given_more_goes_on_as_if_it_had_been_its_from_th
         ("mixture", "glyph:A>glyph:B@5", "changes over the 4 steps it was given; add a task behind it"),
         ("rl-then-gepa", f"{DATA}@5", "rl-then-gepa cannot go on"),
         ("fst", "glyph:A@3,glyph:B", "is not TASK@STEPS"),
+        ("fst", "", "is not TASK@STEPS"),
     ],
 )
 def test_a_run_is_not_given_another_stream(mode: str, stream: str, said: str, flags: Flags, tmp_path: Path) -> None:

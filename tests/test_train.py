@@ -15,6 +15,7 @@ from fst_fast import cli, evaluate
 from fst_fast.config import Config, EvalConfig, FastConfig, RolloutConfig, preset
 from fst_fast.errors import UserError
 from fst_fast.records import Prompt
+from fst_fast.state import check_inputs
 from fst_fast.tasks.jsonl import JsonlOptions
 from fst_fast.train import main, train
 from fst_fast.trainer import Trainer
@@ -285,5 +286,39 @@ def test_a_run_whose_problems_were_changed_is_not_resumed(tmp_path: Path) -> Non
     train(config, tmp_path / "run")
     main(["--resume", str(tmp_path / "run")])  # nothing changed: nothing to do
     data.write_text("".join(json.dumps(row | {"answer": "b"}) + "\n" for row in rows))
-    with pytest.raises(UserError, match="not those it was begun with"):
+    with pytest.raises(UserError, match=r"not those that .* was begun with; put the old ones back"):
         main(["--resume", str(tmp_path / "run")])
+
+
+def test_a_file_to_evaluate_on_is_used_whole_but_for_what_is_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(name: str, texts: list[str]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps({"problem": x, "answer": x}) + "\n" for x in texts))
+        return f"jsonl:{tmp_path / name}"
+
+    trained, new = [f"a {i}" for i in range(40)], [f"b {i}" for i in range(6)]
+    config = small(preset("glyph", "rl"), stream=write("trained", trained) + "@1", run_dir=str(tmp_path / "run"))
+    config = replace(config, eval=replace(config.eval, ood=write("ood", [*new, trained[0]])))
+    train(config, tmp_path / "run")
+    rollouts = lines(tmp_path / "run" / "rollouts" / "rollouts.jsonl")
+    texts = {f"jsonl:{tmp_path}/{name}/{i}": x for name in ("trained", "ood")
+             for i, x in enumerate(trained if name == "trained" else [*new, trained[0]], start=1)}  # fmt: skip
+    assert all(r["problem"] == texts[r["problem_id"]] for r in rollouts)
+    fitted = {r["problem"] for r in rollouts if r["purpose"] == "rl"}
+    held_out = {r["problem"] for r in rollouts if r["purpose"] == "eval" and "/trained/" in r["problem_id"]}
+    assert len(held_out) == 4
+    assert not fitted & held_out
+    left = set(new) | ({trained[0]} & held_out)
+    assert {r["problem"] for r in rollouts if "/ood/" in r["problem_id"]} == left
+    for spec, count in (("", 4), (write("both", [*new, *trained]), 10)):
+        capsys.readouterr()
+        evaluate.main([str(tmp_path / "run"), "--samples", "1", "--task", spec])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["problems"] == count
+    write("ood", new[:5])
+    with pytest.raises(UserError, match=r"those of eval\.ood among them, .* are not those that .* was begun with"):
+        main(["--resume", str(tmp_path / "run")])
+    state, *_ = (tmp_path / "run").glob("checkpoints/*/state.json")
+    saved = json.loads(state.read_text())
+    with pytest.raises(UserError, match="was begun by an older version"):
+        check_inputs("".join(saved["inputs"]), saved["inputs"], tmp_path / "run")

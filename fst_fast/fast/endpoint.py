@@ -21,40 +21,53 @@ _BACK_OFF = 8.0  # seconds: the openai client waits up to this between two tries
 
 
 class EndpointReflector:
-    def __init__(self, config: ReflectorConfig, pose: Pose, max_prompt_chars: int):
+    """Asks `endpoint` to edit prompts of problems that `pose` puts into words."""
+
+    def __init__(self, endpoint: Endpoint, pose: Pose, max_prompt_chars: int):
         self.usage = ReflectionUsage()
-        self._config, self._pose, self._max_prompt_chars = config, pose, max_prompt_chars
-        self._key = _key(config)
+        self._endpoint, self._pose = endpoint, pose
+        self._limits = {"max_prompt_chars": max_prompt_chars, "max_trace_chars": endpoint.config.max_trace_chars}
+
+    def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
+        """All requests at once, as `Endpoint.ask`."""
+        answers = self._endpoint.ask([instruction(r, self._pose, **self._limits) for r in requests])
+        for _, usage in answers:
+            self.usage += usage
+        return [reflection for reflection, _ in answers]
+
+
+class Endpoint:
+    """A server of chat completions, and what is known of it: the reflectors of a run's tasks share one."""
+
+    def __init__(self, config: ReflectorConfig):
+        self.config, self._key = config, _key(config)
         url = config.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(f"reflector.base_url = {url!r}: must be a URL like http://localhost:8000/v1")
-        self._url = url
+        self.url = url
         self.label = f"{config.model} at {urlsplit(url).hostname}"
         self._heard = False  # a completion, of whatever content
-        self._limit = "max_completion_tokens"
+        self._limit = "max_completion_tokens"  # or, of an older server, "max_tokens"
 
-    def reflect(self, requests: Sequence[ReflectionRequest]) -> list[Reflection]:
-        """All requests at once, `concurrency` under way. Must not be called from a running event loop.
+    def ask(self, texts: Sequence[str]) -> list[tuple[Reflection, ReflectionUsage]]:
+        """All at once, `concurrency` under way. Must not be called from a running event loop.
 
         Raises:
             UserError: the endpoint has never given a completion: it refuses the key, does not know the model, nothing
-                listens at its address, or all these requests failed. A run would go on without any edit.
+                listens at its address, or all these calls failed. A run would go on without any edit.
         """
-        limits = {"max_prompt_chars": self._max_prompt_chars, "max_trace_chars": self._config.max_trace_chars}
-        answers = asyncio.run(self._ask_all([instruction(r, self._pose, **limits) for r in requests]))
-        for _, usage in answers:
-            self.usage += usage
+        answers = asyncio.run(self._ask_all(texts))
         if answers and not self._heard:
             raise UserError(
                 f"reflector: {self.label} answered none of {len(answers)} calls, check reflector.base_url and "
                 f"reflector.model ({quoted(answers[0][0].note, 300)})"
             )
-        return [reflection for reflection, _ in answers]
+        return answers
 
     async def _ask_all(self, texts: Sequence[str]) -> list[tuple[Reflection, ReflectionUsage]]:
-        gate = asyncio.Semaphore(self._config.concurrency)
+        gate = asyncio.Semaphore(self.config.concurrency)
         async with openai.AsyncOpenAI(
-            base_url=self._url, api_key=self._key, timeout=self._config.timeout, max_retries=self._config.retries
+            base_url=self.url, api_key=self._key, timeout=self.config.timeout, max_retries=self.config.retries
         ) as client:
             return await asyncio.gather(*(self._ask(client, gate, text) for text in texts))
 
@@ -62,7 +75,7 @@ class EndpointReflector:
         self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, text: str
     ) -> tuple[Reflection, ReflectionUsage]:
         # The client's timeout bounds the wait for each piece of an answer; this bounds an endpoint that dribbles.
-        deadline = (self._config.timeout + _BACK_OFF) * (self._config.retries + 1)
+        deadline = (self.config.timeout + _BACK_OFF) * (self.config.retries + 1)
         try:
             async with gate, asyncio.timeout(deadline):
                 body = await self._post(client, text)
@@ -70,7 +83,7 @@ class EndpointReflector:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             if not self._heard:
                 raise UserError(
-                    f"reflector: {self.label} refuses the key in {self._config.api_key_env} or the model, check "
+                    f"reflector: {self.label} refuses the key in {self.config.api_key_env} or the model, check "
                     f"reflector.base_url, reflector.model and the key ({self._redacted(error)})"
                 ) from None
             return self._failed(error)
@@ -85,17 +98,27 @@ class EndpointReflector:
             return self._failed(error)
 
     async def _post(self, client: openai.AsyncOpenAI, text: str) -> bytes:
-        """The body of the answer. Servers that do not know the limit's present name are given its old one."""
-        create = client.chat.completions.with_raw_response.create
-        limit: dict[str, Any] = {self._limit: self._config.max_new_tokens}
+        """The body of the answer. A server that does not know the limit's present name may know its old one."""
+
+        async def post(limit: str) -> bytes:
+            response = await client.chat.completions.with_raw_response.create(
+                model=self.config.model,
+                messages=[{"role": "user", "content": text}],
+                extra_body={limit: self.config.max_new_tokens},
+            )
+            return response.content
+
         try:
-            response = await create(model=self._config.model, messages=[{"role": "user", "content": text}], **limit)
+            return await post(self._limit)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if "max_tokens" in limit or "max_completion_tokens" not in str(error):
+            if self._limit == "max_tokens" or "max_completion_tokens" not in str(error):
                 raise
+            try:
+                body = await post("max_tokens")
+            except openai.APIStatusError:
+                raise error from None
             self._limit = "max_tokens"
-            return await self._post(client, text)
-        return response.content
+            return body
 
     def _read(self, body: bytes) -> tuple[Reflection, ReflectionUsage]:
         if len(body) > LARGEST_ANSWER:
@@ -104,11 +127,11 @@ class EndpointReflector:
         self._heard = True
         choice = answer.choices[0]
         if choice.finish_reason == "length":
-            reflection = Reflection(None, f"cut off at reflector.max_new_tokens = {self._config.max_new_tokens}")
+            reflection = Reflection(None, f"cut off at reflector.max_new_tokens = {self.config.max_new_tokens}")
         else:
             reflection = parse(choice.message.content or "")
         prompt_tokens, completion_tokens = answer.tokens("prompt_tokens"), answer.tokens("completion_tokens")
-        dollars = (prompt_tokens * self._config.price_in + completion_tokens * self._config.price_out) / 1e6
+        dollars = (prompt_tokens * self.config.price_in + completion_tokens * self.config.price_out) / 1e6
         failures = int(reflection.text is None)
         return reflection, ReflectionUsage(1, prompt_tokens, completion_tokens, dollars, failures)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from threading import Thread
 from typing import TypeVar
 
@@ -13,43 +14,47 @@ from fst_fast.fast.phrasebook import PhrasebookReflector
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage, Reflector
 from fst_fast.fast.template import Pose, instruction, parse
 from fst_fast.ranks import Ranks
-from fst_fast.records import Answer, Problem
-from fst_fast.tasks.task import Message, Task
+from fst_fast.records import Answer
+from fst_fast.tasks.task import Message, Task, posed
 
 R = TypeVar("R")
 Generate = Callable[[Sequence[list[Message]]], list[Answer]]
 """Chats in, the frozen base model's answers out, in order; one with a fault for a chat that leaves no room."""
 
 
-def make_reflector(
+def make_reflectors(
     fast: FastConfig,
     reflector: ReflectorConfig,
-    task: Task,
+    tasks: Sequence[Task],
     generate: Generate | None = None,
     ranks: Ranks | None = None,
-) -> Reflector:
-    """The reflector named by `fast.reflector`, for `task`. `generate` serves "policy" only, `ranks` "openai".
+) -> list[Reflector]:
+    """The reflector named by `fast.reflector`, for each of `tasks`. `generate` serves "policy" only, `ranks` "openai".
 
     Raises:
-        UserError: the task has no phrase book, or the endpoint no key.
+        UserError: a task has no phrase book, or the endpoint no key.
     """
-
-    def pose(problem: Problem) -> str:
-        return "\n".join(m["content"] for m in task.messages("", problem) if m["role"] == "user")
-
     if fast.reflector == "phrasebook":
-        if not any(task.phrasebook.values()):
-            raise UserError(
-                f'fast.reflector = "phrasebook": the task {task.name!r} has no phrase book; '
-                'choose "policy" (the base model itself) or "openai" (an OpenAI-compatible endpoint), or --mode rl.'
-            )
-        return PhrasebookReflector(task.phrasebook)
+        return [_phrasebook(task) for task in tasks]
+    poses = [partial(posed, task) for task in tasks]
     if fast.reflector == "openai":
-        from fst_fast.fast.endpoint import EndpointReflector
+        from fst_fast.fast.endpoint import Endpoint, EndpointReflector
 
-        return OnFirstRank(EndpointReflector(reflector, pose, fast.max_prompt_chars), ranks or Ranks())
+        endpoint = Endpoint(reflector)
+        return [
+            OnFirstRank(EndpointReflector(endpoint, pose, fast.max_prompt_chars), ranks or Ranks()) for pose in poses
+        ]
     assert generate is not None, "the policy reflector needs the engine"
-    return PolicyReflector(generate, pose, fast.max_prompt_chars, reflector.max_trace_chars)
+    return [PolicyReflector(generate, pose, fast.max_prompt_chars, reflector.max_trace_chars) for pose in poses]
+
+
+def _phrasebook(task: Task) -> PhrasebookReflector:
+    if not any(task.phrasebook.values()):
+        raise UserError(
+            f'fast.reflector = "phrasebook": the task {task.name!r} has no phrase book; '
+            'choose "policy" (the base model itself) or "openai" (an OpenAI-compatible endpoint), or --mode rl.'
+        )
+    return PhrasebookReflector(task.phrasebook)
 
 
 class OnFirstRank:

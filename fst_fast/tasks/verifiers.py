@@ -42,11 +42,14 @@ def make_verifier(name: str, answer_field: str, tolerance: float) -> Verifier:
     raise UserError(f"jsonl.verifier: {name!r} is not known; choose {KNOWN}.")
 
 
+def spoken(response: str) -> str:
+    """Without what was thought before </think>, or in a thought that was cut off."""
+    return response.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def final_answer(response: str) -> str:
-    """The rest of the line after the last "answer:", or the line after it; without one, the last line with text. What
-    was thought before </think> is no answer, nor is a thought that was cut off."""
-    said = response.rpartition("</think>")[2].partition("<think>")[0]
-    tail = re.split(r"answer\W{0,4}:", said, flags=re.IGNORECASE)
+    """The rest of the line after the last "answer:", or the line after it; without one, the last line with text."""
+    tail = re.split(r"answer\W{0,4}:", spoken(response), flags=re.IGNORECASE)
     lines = [line.strip("* \t") for line in tail[-1].splitlines() if line.strip("* \t")]  # "**Answer:** 5"
     if not lines:
         return ""
@@ -135,7 +138,7 @@ class Math(Exact):
 
     def __call__(self, row: Row, response: str) -> Verdict:
         expected = self.answer(row)
-        outcome = self.checker.check(expected, response)
+        outcome = self.checker.check(expected, spoken(response))
         if outcome == "no answer":
             raise UserError(
                 f"field '{self.answer_field}' is {quoted(expected)}; math-verify finds no mathematics in it."

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from fst_fast.config import ReflectorConfig
+from fst_fast.config import FastConfig, ReflectorConfig
 from fst_fast.errors import UserError
 from fst_fast.fast import endpoint
-from fst_fast.fast.endpoint import EndpointReflector
+from fst_fast.fast.endpoint import Endpoint, EndpointReflector
 from fst_fast.fast.evolve import evolve
 from fst_fast.fast.population import Member
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage
+from fst_fast.fast.reflectors import make_reflectors
 from fst_fast.records import Problem, Prompt, Verdict
+from fst_fast.tasks.glyph import GlyphTask
 from tests.fast.toys import Evaluations, config, knows, rollout, words
 
 KEY = "sk-local-secret"
@@ -29,10 +31,10 @@ KEY = "sk-local-secret"
 class Handler(BaseHTTPRequestHandler):
     """Answers as the script under the name between <prompt> tags says, which gets the number of the try."""
 
-    server: "Endpoint"
+    server: "Server"
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.body = body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = body["messages"][0]["content"].split("<prompt>\n")[1].split("\n</prompt>")[0]
         with self.server.lock:
             self.server.received.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
@@ -64,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Endpoint(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
@@ -106,10 +108,16 @@ def usage_is(usage: Any) -> Callable[[Handler, int], None]:
 
 def old(handler: Handler, _: int) -> None:
     """A server from before max_completion_tokens."""
-    if "max_completion_tokens" in handler.server.received[-1][2]:
+    if "max_completion_tokens" in handler.body:
         handler.reply(b'{"error": {"message": "unknown field max_completion_tokens"}}', 400)
     else:
         handler.say("from an old server")
+
+
+def too_large(handler: Handler, _: int) -> None:
+    known = "max_completion_tokens" in handler.body
+    said = "max_tokens or max_completion_tokens is too large" if known else "unknown field max_tokens"
+    handler.reply(json.dumps({"error": {"message": said}}).encode(), 400)
 
 
 HTML = '</script><script>alert("x")</script><img src=x onerror=alert(1)> &amp; {0} %s'
@@ -137,6 +145,7 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "rate limited": lambda h, _: h.reply(b"{}", 429),
     "errors": lambda h, _: h.reply(b"<html>" + HTML.encode(), 500, "text/html"),
     "resets": lambda h, _: h.reset(),
+    "too large": too_large,
     "bad request": lambda h, _: h.reply(json.dumps({"error": {"message": f"no {KEY}"}}).encode(), 400),
     "empty body": lambda h, _: h.reply(b""),
     "cut body": lambda h, _: h.reply(b'{"choices"', Content_Length="5000"),
@@ -168,11 +177,11 @@ FAULTS = list(SCRIPTS)[list(SCRIPTS).index("late") : list(SCRIPTS).index("unknow
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(endpoint, "_BACK_OFF", 0.5)
-    with Endpoint() as server:
+    with Server() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield server
@@ -181,10 +190,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
         thread.join()
 
 
-def reflector(server: Endpoint, **fields: Any) -> EndpointReflector:
+def reflector(server: Server, **fields: Any) -> EndpointReflector:
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     settings = ReflectorConfig(base_url=url, model="m", timeout=1.0, retries=1, price_in=2.0, price_out=50.0)
-    return EndpointReflector(replace(settings, **fields), lambda problem: str(problem.data["word"]), 1000)
+    return EndpointReflector(Endpoint(replace(settings, **fields)), lambda problem: str(problem.data["word"]), 1000)
 
 
 def requests(*names: str) -> list[ReflectionRequest]:
@@ -192,7 +201,7 @@ def requests(*names: str) -> list[ReflectionRequest]:
     return [ReflectionRequest(Prompt(name), (trace,), 0) for name in names]
 
 
-def test_a_good_answer_is_read_and_its_tokens_and_dollars_counted(server: Endpoint) -> None:
+def test_a_good_answer_is_read_and_its_tokens_and_dollars_counted(server: Server) -> None:
     openai = reflector(server, max_new_tokens=99)
     assert openai.reflect(requests("good")) == [Reflection("new prompt", "I add a rule.")]
     assert openai.usage == ReflectionUsage(1, 1000, 10, dollars=1000 * 2e-6 + 10 * 50e-6)
@@ -213,14 +222,14 @@ def test_a_good_answer_is_read_and_its_tokens_and_dollars_counted(server: Endpoi
         ("late once", "in time"),
     ],
 )
-def test_passing_faults_are_retried(server: Endpoint, name: str, text: str) -> None:
+def test_passing_faults_are_retried(server: Server, name: str, text: str) -> None:
     openai = reflector(server)
     assert [r.text for r in openai.reflect(requests(name))] == [text]
     assert server.tries[name] == 2
     assert (openai.usage.calls, openai.usage.failures) == (1, 0)
 
 
-def test_every_lasting_fault_costs_its_own_proposal_and_nothing_else(server: Endpoint) -> None:
+def test_every_lasting_fault_costs_its_own_proposal_and_nothing_else(server: Server) -> None:
     openai = reflector(server, concurrency=64)
     answers = dict(zip(["good", *FAULTS], openai.reflect(requests("good", *FAULTS)), strict=True))
     assert answers.pop("good").text == "new prompt"
@@ -233,11 +242,11 @@ def test_every_lasting_fault_costs_its_own_proposal_and_nothing_else(server: End
     assert "max_new_tokens = 2048" in answers["cut off"].note
 
 
-def test_html_comes_through_as_data(server: Endpoint) -> None:
+def test_html_comes_through_as_data(server: Server) -> None:
     assert [r.text for r in reflector(server).reflect(requests("html"))] == [HTML]
 
 
-def test_an_address_where_nothing_listens_ends_a_run_that_never_had_an_edit_and_no_other(server: Endpoint) -> None:
+def test_an_address_where_nothing_listens_ends_a_run_that_never_had_an_edit_and_no_other(server: Server) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
     openai = reflector(server, base_url=url)
@@ -245,7 +254,7 @@ def test_an_address_where_nothing_listens_ends_a_run_that_never_had_an_edit_and_
         openai.reflect(requests("good", "good"))
     openai = reflector(server)
     assert openai.reflect(requests("good"))[0].text == "new prompt"
-    openai._url = url  # it went down
+    openai._endpoint.url = url  # it went down
     assert "APIConnectionError" in openai.reflect(requests("good"))[0].note
 
 
@@ -254,14 +263,14 @@ def test_an_address_where_nothing_listens_ends_a_run_that_never_had_an_edit_and_
     [("no usage", 0), ("null usage", 0), ("strange usage", 0), ("listed usage", 0), ("half usage", 100)],
 )
 def test_a_missing_or_strange_usage_counts_as_none_and_the_answer_stands(
-    server: Endpoint, name: str, prompt_tokens: int
+    server: Server, name: str, prompt_tokens: int
 ) -> None:
     openai = reflector(server)
     assert [r.text for r in openai.reflect(requests(name))] == ["new"]
     assert (openai.usage.prompt_tokens, openai.usage.completion_tokens, openai.usage.failures) == (prompt_tokens, 0, 0)
 
 
-def test_calls_are_made_at_once_but_no_more_than_configured(server: Endpoint) -> None:
+def test_calls_are_made_at_once_but_no_more_than_configured(server: Server) -> None:
     names = [f"crowd {i}" for i in range(12)]
     answers = reflector(server, concurrency=3, timeout=10.0).reflect(requests(*names))
     assert [r.text for r in answers] == ["crowded"] * 12
@@ -269,14 +278,14 @@ def test_calls_are_made_at_once_but_no_more_than_configured(server: Endpoint) ->
 
 
 @pytest.mark.parametrize("name", ["wrong key", "unknown model"])
-def test_an_endpoint_that_refuses_from_the_start_is_a_user_error_without_the_key(server: Endpoint, name: str) -> None:
+def test_an_endpoint_that_refuses_from_the_start_is_a_user_error_without_the_key(server: Server, name: str) -> None:
     with pytest.raises(UserError, match=r"reflector\.base_url.*reflector\.model") as refusal:
         reflector(server).reflect(requests(name, name))
     assert KEY not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["bad request", "errors", "HTML page", "wrong type", "empty body", "late", "resets"])
-def test_one_that_answers_none_of_the_first_calls_is_too(server: Endpoint, name: str) -> None:
+def test_one_that_answers_none_of_the_first_calls_is_too(server: Server, name: str) -> None:
     """Or a run would be RL alone, and end well."""
     with pytest.raises(UserError, match=r"answered none of 2 calls, check reflector\.base_url and") as refusal:
         reflector(server, retries=0).reflect(requests(name, name))
@@ -285,26 +294,47 @@ def test_one_that_answers_none_of_the_first_calls_is_too(server: Endpoint, name:
 
 
 @pytest.mark.parametrize("name", ["null content", "cut off", "empty block"])
-def test_one_whose_answers_are_no_edits_is_not(server: Endpoint, name: str) -> None:
+def test_one_whose_answers_are_no_edits_is_not(server: Server, name: str) -> None:
     assert [r.text for r in reflector(server).reflect(requests(name, name))] == [None, None]
 
 
-def test_a_server_that_knows_the_limit_by_its_old_name_alone_is_given_that(server: Endpoint) -> None:
+def test_a_server_that_knows_the_limit_by_its_old_name_alone_is_given_that(server: Server) -> None:
     openai = reflector(server, max_new_tokens=99)
+    assert [r.text for r in openai.reflect(requests(*["old"] * 3))] == ["from an old server"] * 3
+    server.received.clear()
     assert [r.text for r in openai.reflect(requests("old"))] == ["from an old server"]
-    assert [r.text for r in openai.reflect(requests("old"))] == ["from an old server"]
-    assert [body.get("max_tokens") for _, _, body in server.received] == [None, 99, 99]
+    assert [body.get("max_tokens") for _, _, body in server.received] == [99]
     assert openai.usage.failures == 0
 
 
+def test_a_server_that_only_names_the_limit_in_what_it_refuses_is_given_it_as_before(server: Server) -> None:
+    openai = reflector(server)
+    openai.reflect(requests("good"))
+    (refused,) = openai.reflect(requests("too large"))
+    assert "max_completion_tokens is too large" in refused.note  # not what it says of max_tokens
+    server.received.clear()
+    assert openai.reflect(requests("good"))[0].text == "new prompt"
+    assert "max_completion_tokens" in server.received[0][2]
+
+
+def test_the_reflectors_of_a_runs_tasks_know_that_another_ones_were_answered(server: Server) -> None:
+    one = reflector(server, retries=0)
+    other = EndpointReflector(one._endpoint, str, 1000)
+    one.reflect(requests("good"))
+    assert [r.text for r in other.reflect(requests("errors"))] == [None]
+    tasks = [GlyphTask("A", 0), GlyphTask("B", 0)]
+    first, second = make_reflectors(FastConfig(reflector="openai"), one._endpoint.config, tasks)
+    assert first._inner._endpoint is second._inner._endpoint
+
+
 @pytest.mark.parametrize("name", ["wrong key", "unknown model"])
-def test_an_endpoint_that_refuses_later_costs_a_proposal_only(server: Endpoint, name: str) -> None:
+def test_an_endpoint_that_refuses_later_costs_a_proposal_only(server: Server, name: str) -> None:
     openai = reflector(server)
     openai.reflect(requests("good"))
     assert [r.text for r in openai.reflect(requests(name, "good"))] == [None, "new prompt"]
 
 
-def test_a_cycle_survives_an_endpoint_that_mostly_fails(server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cycle_survives_an_endpoint_that_mostly_fails(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = iter(["5 MB", "html", "not UTF-8", "good", "null content", "resets", "html", "bad request"])
     monkeypatch.setitem(SCRIPTS, "seed", lambda h, n: SCRIPTS[next(turns)](h, n))
     openai = reflector(server, retries=0)

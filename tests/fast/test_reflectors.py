@@ -6,10 +6,10 @@ import pytest
 
 from fst_fast.config import FastConfig, ReflectorConfig
 from fst_fast.errors import UserError
-from fst_fast.fast.endpoint import EndpointReflector
+from fst_fast.fast.endpoint import Endpoint
 from fst_fast.fast.phrasebook import PhrasebookReflector
 from fst_fast.fast.reflection import ReflectionRequest, ReflectionUsage
-from fst_fast.fast.reflectors import make_reflector
+from fst_fast.fast.reflectors import make_reflectors
 from fst_fast.records import Answer, Problem, Prompt, Verdict
 from fst_fast.tasks.glyph import GlyphTask
 from fst_fast.tasks.task import Message
@@ -25,13 +25,13 @@ class Bookless(GlyphTask):
 
 
 def test_the_phrase_book_reflector_serves_a_task_that_has_one() -> None:
-    reflector = make_reflector(FastConfig(reflector="phrasebook"), ReflectorConfig(), TASK)
+    (reflector,) = make_reflectors(FastConfig(reflector="phrasebook"), ReflectorConfig(), [TASK])
     assert isinstance(reflector, PhrasebookReflector)
 
 
 def test_a_task_without_phrase_book_is_refused_naming_the_field_and_what_would_do() -> None:
     with pytest.raises(UserError, match=r"fast\.reflector.*glyph:A.*policy.*openai"):
-        make_reflector(FastConfig(reflector="phrasebook"), ReflectorConfig(), Bookless("A", 0))
+        make_reflectors(FastConfig(reflector="phrasebook"), ReflectorConfig(), [TASK, Bookless("A", 0)])
 
 
 @pytest.fixture
@@ -49,27 +49,27 @@ def test_a_missing_key_is_refused_up_front(no_keys: pytest.MonkeyPatch, key: str
     if key is not None:
         no_keys.setenv("MY_KEY", key)
     with pytest.raises(UserError, match=r"reflector\.api_key_env = 'MY_KEY'.*reflector\.base_url"):
-        make_reflector(OPENAI, ReflectorConfig(api_key_env="MY_KEY"), TASK)
+        make_reflectors(OPENAI, ReflectorConfig(api_key_env="MY_KEY"), [TASK])
 
 
 def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(no_keys: pytest.MonkeyPatch) -> None:
     no_keys.setenv("MY_KEY", "sécret")
     with pytest.raises(UserError) as refusal:
-        make_reflector(OPENAI, ReflectorConfig(api_key_env="MY_KEY"), TASK)
+        make_reflectors(OPENAI, ReflectorConfig(api_key_env="MY_KEY"), [TASK])
     assert "sécret" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http:///v1"])
 def test_a_base_url_that_is_none_is_refused(no_keys: pytest.MonkeyPatch, url: str) -> None:
     with pytest.raises(UserError, match=r"reflector\.base_url = "):
-        make_reflector(OPENAI, ReflectorConfig(base_url=url), TASK)
+        make_reflectors(OPENAI, ReflectorConfig(base_url=url), [TASK])
 
 
 def test_a_local_server_needs_no_key_and_its_label_shows_no_password(no_keys: pytest.MonkeyPatch) -> None:
     config = ReflectorConfig(base_url="http://me:pass@localhost:1/v1", model="m")
-    assert EndpointReflector(config, str, 8000).label == "m at localhost"
+    assert Endpoint(config).label == "m at localhost"
     no_keys.setenv("OPENAI_BASE_URL", "http://elsewhere/v1")
-    assert EndpointReflector(ReflectorConfig(model="m"), str, 8000).label == "m at elsewhere"
+    assert Endpoint(ReflectorConfig(model="m")).label == "m at elsewhere"
 
 
 def test_the_base_model_rewrites_its_own_prompt_in_one_batch() -> None:
@@ -85,7 +85,7 @@ def test_the_base_model_rewrites_its_own_prompt_in_one_batch() -> None:
             return [{"role": "system", "content": f"frame {prompt}"}, *super().messages(prompt, problem)[1:]]
 
     task = Framed("A", 0)
-    reflector = make_reflector(FastConfig(reflector="policy"), ReflectorConfig(), task, generate)
+    (reflector,) = make_reflectors(FastConfig(reflector="policy"), ReflectorConfig(), [task], generate)
     prompt, problem = Prompt("seed"), task.train[0]
     trace = rollout(prompt, problem, "a wrong answer", Verdict(0.0, "bad feedback"))
     answers = reflector.reflect([ReflectionRequest(prompt, (trace,), seed) for seed in range(4)])

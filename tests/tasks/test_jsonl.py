@@ -289,6 +289,8 @@ def math() -> Math:
         ("x^2+2x+1", "$(x+1)^2$", 1),
         ("42", "\\boxed{43}", 0),
         ("42", "I do not know", 0),
+        ("42", "<think>so 42?</think> I do not know", 0),
+        ("42", "<think>43?</think> It is 42.", 1),
         ("42", "", 0),
     ],
 )
