@@ -16,6 +16,7 @@ import torch
 
 from fst_fast import checkpoint
 from fst_fast.config import Config, stages
+from fst_fast.data import task_maker
 from fst_fast.model import load_model
 from fst_fast.ranks import Ranks
 from fst_fast.rates import Lengths
@@ -27,7 +28,6 @@ from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
 from fst_fast.slow.policy import Policy
-from fst_fast.tasks import make_task
 from fst_fast.tasks.glyph import GlyphTask, state
 from fst_fast.tasks.task import Task
 
@@ -77,7 +77,7 @@ def calibrate(config: Config) -> Measured:
     """Samples and learns with the embedded model as `config` would, under prompts like those GEPA finds (glyph)."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     model, base = load_model(""), load_model("")
-    tasks = [make_task(s.task, seed=config.seed, jsonl=config.jsonl, data=config.data) for s in stages(config.stream)]
+    tasks = list(map(task_maker(config), (stage.task for stage in stages(config.stream))))
     policy = Policy(model, replace(config.slow, lr=0.0))  # learning changes nothing: every round samples alike
     learner, calls, versions, rng = Learner(policy, base, config.slow), count(), count(1), random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:

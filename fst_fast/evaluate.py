@@ -9,7 +9,6 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from fst_fast.cli import read_config, run
 from fst_fast.config import INSTRUCTIONS, EvalConfig, check, check_installed, stages
+from fst_fast.data import task_maker
 from fst_fast.errors import UserError
 from fst_fast.model import Model, load_model
 from fst_fast.ranks import Ranks, launched
@@ -34,7 +34,6 @@ from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.runs import plain
 from fst_fast.slow.learner import token_kl
 from fst_fast.slow.policy import micro_batches, padded_tokens, response_hidden, shared_batches
-from fst_fast.tasks import make_task
 from fst_fast.tasks.glyph import GlyphTask, instruction_cases
 from fst_fast.tasks.mixture import Mixture, parts_of
 from fst_fast.tasks.task import Task
@@ -240,7 +239,7 @@ def evaluate_run(command: EvaluateCommand) -> tuple[dict[str, Any], dict[str, st
     if folder is None:
         raise UserError(f"run: {command.run} has no checkpoint yet")
     saved = checkpoint.read_state(folder)
-    state, make = State.from_dict(saved), partial(make_task, seed=config.seed, jsonl=config.jsonl, data=config.data)
+    state, make = State.from_dict(saved), task_maker(config)
     tasks = [make(stage.task) for stage in stages(config.stream)]
     ood = make(config.eval.ood, trained=tasks) if config.eval.ood else None
     task = make(command.task, trained=tasks) if command.task else tasks[state.entered]

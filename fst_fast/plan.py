@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, get_args
@@ -17,14 +16,13 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from fst_fast.config import Config, Recompute, check, stages, validated
-from fst_fast.data import make_order
+from fst_fast.data import make_order, task_maker
 from fst_fast.errors import UserError
 from fst_fast.fast.reflectors import make_reflectors
 from fst_fast.memory import FRAGMENTS, GIB, Layout, Part, host_parts, kv_room, parts, peak
 from fst_fast.model import GLYPH_BASE
 from fst_fast.rates import Hardware, Lengths, Roofline, kind_of, read_table
 from fst_fast.shape import Shape, read_shape
-from fst_fast.tasks import make_task
 from fst_fast.tasks.mixture import tasks_in
 from fst_fast.workload import LIVE, Speed, Work, phases, work_of
 
@@ -128,7 +126,7 @@ def check_fits(config: Config, options: PlanOptions, target: Target) -> None:
 def check_tasks(config: Config) -> list[str]:
     """UserError for tasks that are not as the run needs them. Those that were not looked at: their data is not on this
     machine, or takes work to read."""
-    make, away = partial(make_task, seed=config.seed, jsonl=config.jsonl, data=config.data), []
+    make, away = task_maker(config), []
     for stage in stages(config.stream):
         if not all(map(_is_here, tasks_in(stage.task))):
             away.append(stage.task)

@@ -20,6 +20,7 @@ from pathlib import Path
 from fst_fast import checkpoint
 from fst_fast.cli import PlanCommand, parse_train, run
 from fst_fast.config import Config, check, stages, without_effect
+from fst_fast.data import task_maker
 from fst_fast.launch import launch, workers
 from fst_fast.model import model_folder
 from fst_fast.plan import lines as plan_lines
@@ -27,7 +28,6 @@ from fst_fast.preflight import check_empty
 from fst_fast.ranks import Ranks, joined, launched
 from fst_fast.report import write_report
 from fst_fast.runs import print_summary
-from fst_fast.tasks import make_task
 from fst_fast.trainer import Trainer
 
 
@@ -60,7 +60,7 @@ def check_all(config: Config, run_dir: Path, *, resume: bool) -> None:
     check(config)
     model_folder(config.model.path)
     for stage in stages(config.stream):
-        make_task(stage.task, seed=config.seed, jsonl=config.jsonl, data=config.data)
+        task_maker(config)(stage.task)
     check_empty(run_dir, resume=resume)
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from fst_fast.config import (
     to_toml,
 )
 from fst_fast.context import check_context, room
-from fst_fast.data import make_order
+from fst_fast.data import make_order, task_maker
 from fst_fast.evaluate import deployed, evaluate, mean
 from fst_fast.evolving import Evolving
 from fst_fast.fast.cycle import Cycle
@@ -55,7 +54,6 @@ from fst_fast.slow.lora import adapt
 from fst_fast.slow.policy import Policy
 from fst_fast.slow.sharding import recompute, shard
 from fst_fast.state import State, check_inputs, fingerprint
-from fst_fast.tasks import make_task
 from fst_fast.tasks.task import Message
 from fst_fast.telemetry import Telemetry
 
@@ -81,7 +79,7 @@ class Trainer:
         torch.set_num_threads(config.threads)
         self.config, self.run_dir, self.ranks = config, run_dir, ranks or Ranks()
         self.stages = stages(config.stream)
-        make = partial(make_task, seed=config.seed, jsonl=config.jsonl, data=config.data)
+        make = task_maker(config)
         self.tasks = [make(stage.task) for stage in self.stages]
         self.ood = make(config.eval.ood, trained=self.tasks) if config.eval.ood else None
         size = config.rollout.problems
