@@ -25,6 +25,7 @@ from fst_fast.runs import Record, Run, cost_facts, count, number, parse, plain, 
 
 MAX_BYTES = 3_000_000  # of a page
 MATRIX_COLUMNS = 192  # scoring problems of the paper's recipe
+SHOWN_PROBLEMS = 3  # of a minibatch
 FILTERED_PROMPTS = 12  # that rollouts can be filtered by
 SAMPLED_BYTES = 8_000_000  # read of a run's rollouts: a run of minutes writes 30 MB
 
@@ -232,6 +233,7 @@ class _Texts:
         self.rollouts, self.whole = sample_lines(run.dir / "rollouts" / "rollouts.jsonl", self.notes)
         named = [r for r in self.candidates if r.get("id")]  # a failed edit has no text
         self.of = {str(r["id"]): str(r.get("text") or "") for r in named}  # prompt id → text
+        self.posed = {str(r.get("problem_id")): str(r["problem"]) for r in self.rollouts if r.get("problem")}
         self.taken: dict[str, Record] = {}  # prompt id → how it joined the pool, the first time
         for r in self.candidates:
             if r.get("status") in ("seed", "accepted"):
@@ -306,7 +308,8 @@ def lineage(texts: _Texts, caps: Caps) -> dict[str, Any]:
         if id(r) in shown_ids:
             text = str(r.get("text") or "")
             diff = word_diff(texts.of.get(str(r.get("parent"))), text, caps.chars) if text else ()
-            cycles.setdefault((r.get("stage", 0), r.get("cycle", 0)), []).append({**r, "diff": diff})
+            posed = [texts.posed[x] for x in r.get("problems", ()) if x in texts.posed][:SHOWN_PROBLEMS]
+            cycles.setdefault((r.get("stage", 0), r.get("cycle", 0)), []).append({**r, "diff": diff, "posed": posed})
     return {
         "cycles": [{"cycle": cycle, "stage": stage + 1, "of": of} for (stage, cycle), of in cycles.items()],
         "tree": [(depth, r, _added(r, texts)) for depth, r in tree(shown)],

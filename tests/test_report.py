@@ -100,7 +100,7 @@ def make_run(
                             "parent_score": 0.125,
                         }
                         | {"child_score": 0.5, "feedback": [words(i + 1, "the order is wrong; expected dcba")] * 7}
-                        | {"mean_score": 0.4 if status == "accepted" else None}
+                        | {"mean_score": 0.4 if status == "accepted" else None, "problems": [words(0, f"{task}/{i}")]}
                     )
                     if status == "accepted":
                         names[text] = name
@@ -241,7 +241,7 @@ def test_a_run_shows_its_numbers_prompts_edits_rollouts_and_what_to_know(tmp_pat
         "12 proposals accepted, 24 rejected", "36 refused", "minibatch 0.125 → 0.500",
         "the order is wrong; expected dcba", "[D,C,B,A];", "mean log-prob -0.440", "steps 60 to 74",
         "levels = [0.5, 0.9]", "no other is better on", "72 seconds", "weights 119, torch",
-        "a b c d, please",
+        "a b c d, please", "on problems like",
     ):  # fmt: skip
         assert wanted in page.text, wanted
     assert "has not ended" not in page.text

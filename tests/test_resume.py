@@ -240,10 +240,9 @@ def test_a_finished_run_that_is_given_more_goes_on_as_if_it_had_been_its_from_th
     warm: Warm, flags: Flags, whole: Whole, tmp_path: Path
 ) -> None:
     """More steps of its last task, and another task."""
-    run, argv = tmp_path / "run", flags("fst", tmp_path / "run")
-    stream = argv.index("--stream") + 1
-    assert warm.run(*argv[:stream], "glyph:A@2", *argv[stream + 1 :]) == (0, "")
-    longer = ["--resume", run, "--stream", argv[stream]]
+    run = tmp_path / "run"
+    assert warm.run(*flags("fst", run), "--stream", "glyph:A@2") == (0, "")
+    longer = ["--resume", run, "--stream", SMALL["stream"]]
     assert warm.run(*longer, kill=Kill("fst_fast.trainer:write_atomic", when="after")).code == -9
     assert warm.run("--resume", run, kill=Kill("fst_fast.trainer:Trainer.learn")).code == -9  # it knows by now
     assert warm.run(*longer, kill=Kill("fst_fast.trainer:Trainer.learn", call=3)).code == -9
@@ -258,10 +257,9 @@ def test_a_finished_run_that_is_given_more_goes_on_as_if_it_had_been_its_from_th
 def test_a_run_that_ended_between_evaluations_keeps_that_of_its_end(
     warm: Warm, flags: Flags, whole: Whole, tmp_path: Path
 ) -> None:
-    run, argv = tmp_path / "run", flags("fst", tmp_path / "run")
-    stream = argv.index("--stream") + 1
-    assert warm.run(*argv[:stream], "glyph:A@3,glyph:B@1", *argv[stream + 1 :]) == (0, "")
-    assert warm.run("--resume", run, "--stream", argv[stream]) == (0, "")
+    run = tmp_path / "run"
+    assert warm.run(*flags("fst", run), "--stream", "glyph:A@3,glyph:B@1") == (0, "")
+    assert warm.run("--resume", run, "--stream", SMALL["stream"]) == (0, "")
     steps, long = ([r for r in records(at) if r["kind"] == "eval"] for at in (run, whole("fst")))
     assert [(r["step"], r["stage"]) for r in steps] == [(0, 0), (2, 0), (3, 0), (3, 1), (4, 1), (5, 1)]
     assert [r for r in steps if r["step"] != 4] == long
