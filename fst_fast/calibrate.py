@@ -16,7 +16,6 @@ import torch
 
 from fst_fast import checkpoint
 from fst_fast.config import Config, stages
-from fst_fast.data import task_maker
 from fst_fast.model import load_model
 from fst_fast.ranks import Ranks
 from fst_fast.rates import Lengths
@@ -28,6 +27,7 @@ from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
 from fst_fast.slow.policy import Policy
+from fst_fast.tasks import task_maker
 from fst_fast.tasks.glyph import GlyphTask, state
 from fst_fast.tasks.task import Task
 

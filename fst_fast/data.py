@@ -1,25 +1,17 @@
-"""The tasks of a run, and the order in which their problems are drawn: a pure function of seed and step, so the next
-cycle is known ahead."""
+"""The order in which problems are drawn: a pure function of seed and step, so the next cycle is known ahead."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-from fst_fast.config import Config, Stage
+from fst_fast.config import Stage
 from fst_fast.errors import UserError
 from fst_fast.records import Problem
 from fst_fast.seeding import stream
-from fst_fast.tasks import make_task
 from fst_fast.tasks.mixture import Mixture
 from fst_fast.tasks.task import Task
-
-
-def task_maker(config: Config) -> Callable[..., Task]:
-    """`make_task` by a run's settings."""
-    return partial(make_task, seed=config.seed, jsonl=config.jsonl, data=config.data)
 
 
 class Order(ABC):

@@ -21,7 +21,6 @@ from rich.text import Text
 
 from fst_fast.cli import read_config, run
 from fst_fast.config import INSTRUCTIONS, EvalConfig, check, check_installed, stages
-from fst_fast.data import task_maker
 from fst_fast.errors import UserError
 from fst_fast.model import Model, load_model
 from fst_fast.ranks import Ranks, launched
@@ -34,6 +33,7 @@ from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.runs import plain
 from fst_fast.slow.learner import token_kl
 from fst_fast.slow.policy import micro_batches, padded_tokens, response_hidden, shared_batches
+from fst_fast.tasks import task_maker
 from fst_fast.tasks.glyph import GlyphTask, instruction_cases
 from fst_fast.tasks.mixture import Mixture, parts_of
 from fst_fast.tasks.task import Task

@@ -16,13 +16,14 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from fst_fast.config import Config, Recompute, check, stages, validated
-from fst_fast.data import make_order, task_maker
+from fst_fast.data import make_order
 from fst_fast.errors import UserError
 from fst_fast.fast.reflectors import make_reflectors
 from fst_fast.memory import FRAGMENTS, GIB, Layout, Part, host_parts, kv_room, parts, peak
 from fst_fast.model import GLYPH_BASE
 from fst_fast.rates import Hardware, Lengths, Roofline, kind_of, read_table
 from fst_fast.shape import Shape, read_shape
+from fst_fast.tasks import task_maker
 from fst_fast.tasks.mixture import tasks_in
 from fst_fast.workload import LIVE, Speed, Work, phases, work_of
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from fst_fast import checkpoint
 from fst_fast.cli import PlanCommand, parse_train, run
 from fst_fast.config import Config, check, stages, without_effect
-from fst_fast.data import task_maker
 from fst_fast.launch import launch, workers
 from fst_fast.model import model_folder
 from fst_fast.plan import lines as plan_lines
@@ -28,6 +27,7 @@ from fst_fast.preflight import check_empty
 from fst_fast.ranks import Ranks, joined, launched
 from fst_fast.report import write_report
 from fst_fast.runs import print_summary
+from fst_fast.tasks import task_maker
 from fst_fast.trainer import Trainer
 
 

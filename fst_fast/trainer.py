@@ -25,7 +25,7 @@ from fst_fast.config import (
     to_toml,
 )
 from fst_fast.context import check_context, room
-from fst_fast.data import make_order, task_maker
+from fst_fast.data import make_order
 from fst_fast.evaluate import deployed, evaluate, mean
 from fst_fast.evolving import Evolving
 from fst_fast.fast.cycle import Cycle
@@ -54,6 +54,7 @@ from fst_fast.slow.lora import adapt
 from fst_fast.slow.policy import Policy
 from fst_fast.slow.sharding import recompute, shard
 from fst_fast.state import State, check_inputs, fingerprint
+from fst_fast.tasks import task_maker
 from fst_fast.tasks.task import Message
 from fst_fast.telemetry import Telemetry
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from fst_fast.errors import UserError
 from fst_fast.tasks.codeio import CodeioTask
@@ -16,12 +18,20 @@ from fst_fast.tasks.published import PublishedOptions
 from fst_fast.tasks.star_graph import StarGraphTask
 from fst_fast.tasks.task import Task, posed
 
+if TYPE_CHECKING:
+    from fst_fast.config import Config
+
 FORMS = (
     "glyph:A (rule A to Z of the run's seed), glyph:A/B (sliced), star_graph:ARMSxLENGTH (e.g. star_graph:4x3), "
     "jsonl:PATH (a file of problems), codeio:SOURCE, math:SOURCE, hover:SOURCE, physics:SOURCE (published data: a "
     "file, a folder or a dataset; codeio-ood, math-ood, hover-ood, physics-ood: what they do not train on); or a "
     "mixture of them, A+B, A>B or A>>B"
 )
+
+
+def task_maker(config: Config) -> Callable[..., Task]:
+    """`make_task` by a run's settings."""
+    return partial(make_task, seed=config.seed, jsonl=config.jsonl, data=config.data)
 
 
 def make_task(
