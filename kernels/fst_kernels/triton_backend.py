@@ -53,6 +53,8 @@ def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, g
                 CAPPED=logits.softcap is not None,
                 FORWARD_KL=ask.forward_kl,
                 BLOCK=BLOCK if ref is None else BLOCK // 2,
+                RUN=16 // products.element_size(),
+                THREADS=32 * WARPS,
                 num_warps=WARPS,
                 enable_fp_fusion=False,  # both passes then see the same logits, and no log-prob is above 0
             )

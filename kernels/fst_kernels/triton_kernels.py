@@ -15,8 +15,14 @@ FAR = tl.constexpr(
 
 
 @triton.jit
+def _exp(d):
+    """e^d for d ≤ 0, 0 below 1e-38: tl.exp takes three more instructions an item for what lies there."""
+    return tl.exp2(d * 1.4426950408889634)
+
+
+@triton.jit
 def _tanh(u):
-    e = tl.exp(-2.0 * tl.abs(u))
+    e = _exp(-2.0 * tl.abs(u))
     far = (1.0 - e) / (1.0 + e)
     far = tl.where(u < 0, -far, far)
     s = u * u  # near 0 that cancels: Cephes' tanhf polynomial
@@ -50,14 +56,26 @@ def _shape(z, temperature, softcap, at, V, CAPPED: tl.constexpr):
 
 @triton.jit
 def _near(d):
-    """Differences no further than FAR from 0; a NaN stays."""
-    return tl.where(d > FAR, FAR, tl.where(d < -FAR, -FAR, d))
+    """Differences no further than FAR from 0."""
+    return tl.minimum(tl.maximum(d, -FAR), FAR)
 
 
 @triton.jit
 def _product(weight, value):
     """weight · value, 0 where the weight is 0 whatever the value: items of probability 0 count nothing."""
     return tl.where(weight == 0, 0.0, weight * value)
+
+
+@triton.jit
+def _most(x):
+    """The largest that each thread holds [THREADS]."""
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def _added(x):
+    """The sum of what each thread holds [THREADS]."""
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
@@ -107,6 +125,8 @@ def row_kernel(
     CAPPED: tl.constexpr,
     FORWARD_KL: tl.constexpr,
     BLOCK: tl.constexpr,
+    RUN: tl.constexpr,  # items of 16 bytes
+    THREADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -114,41 +134,44 @@ def row_kernel(
         ref_logits += row * ref_stride
     if temperature is not None:
         temperature = tl.load(temperature + row)
-    lanes = tl.arange(0, BLOCK)
-
-    peak = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)  # Σ exp(x − peak)
-    moment = tl.zeros([BLOCK], tl.float32)  # Σ exp(x − peak) (x − peak)
-    gap = tl.zeros([BLOCK], tl.float32)  # Σ exp(x − peak) (x − y), y of the reference; reverse KL: x and y swapped
-    forbidden = tl.zeros([BLOCK], tl.int32)  # items possible here and impossible there: the KL is infinite
-    ref_peak = tl.full([BLOCK], LOWEST, tl.float32)
-    ref_total = tl.zeros([BLOCK], tl.float32)
+    # Of a tile of logits a thread holds RUNS runs of RUN neighbours, 16 bytes each, and keeps one state for all of them.
+    RUNS: tl.constexpr = BLOCK // (THREADS * RUN)
+    of_run = tl.arange(0, RUNS)[:, None, None] * (THREADS * RUN)
+    of_thread = tl.arange(0, THREADS)[None, :, None] * RUN
+    held = of_run + of_thread + tl.arange(0, RUN)[None, None, :]
+    peak = tl.full([THREADS], LOWEST, tl.float32)
+    total = tl.zeros([THREADS], tl.float32)  # Σ exp(x − peak)
+    moment = tl.zeros([THREADS], tl.float32)  # Σ exp(x − peak) (x − peak)
+    gap = tl.zeros([THREADS], tl.float32)  # Σ exp(x − peak) (x − y), y of the reference; reverse KL: x and y swapped
+    most = tl.full([THREADS], LOWEST, tl.float32)  # max (x − y): an item is possible here and impossible there
+    ref_peak = tl.full([THREADS], LOWEST, tl.float32)
+    ref_total = tl.zeros([THREADS], tl.float32)
     for start in range(0, V, BLOCK):
-        at = start + lanes
+        at = start + held
         x = _shape(_read(logits, bias, at, width, V), temperature, softcap, at, V, CAPPED)
-        d = _near(x - peak)
-        rises = d > 0
-        e = tl.exp(-tl.abs(d))
-        old, new = tl.where(rises, e, 1.0), tl.where(rises, 1.0, e)
-        peak = tl.where(rises, x, peak)
+        raised = tl.maximum(peak, _most(x))
+        moved = tl.maximum(peak - raised, -FAR)
+        scale = _exp(moved)
+        peak = raised
+        d = x - peak[None, :, None]
+        e = _exp(d)
         if entropy_out is not None or of_entropy is not None:
-            moment = tl.where(rises, e * (moment - d * total), moment + _product(e, d))
-        total = old * total + new
+            moment = scale * (moment + moved * total) + _added(e * tl.maximum(d, -FAR))
+        total = scale * total + _added(e)
         if ref_logits is not None:
             y = _shape(_read(ref_logits, ref_bias, at, width, V), temperature, softcap, at, V, CAPPED)
-            d = _near(y - ref_peak)
-            rises = d > 0
-            e = tl.exp(-tl.abs(d))
-            ref_old, ref_new = tl.where(rises, e, 1.0), tl.where(rises, 1.0, e)
-            ref_peak = tl.where(rises, y, ref_peak)
-            ref_total = ref_old * ref_total + ref_new
+            raised = tl.maximum(ref_peak, _most(y))
+            ref_scale = _exp(tl.maximum(ref_peak - raised, -FAR))
+            ref_peak = raised
+            ref_e = _exp(y - ref_peak[None, :, None])
+            ref_total = ref_scale * ref_total + _added(ref_e)
             if FORWARD_KL:
-                bad = (y == float("-inf")) & (x > float("-inf"))
-                gap = old * gap + tl.where((x == float("-inf")) | bad, 0.0, new * _near(x - y))
+                gain = x - tl.maximum(y, LOWEST)
+                gap = scale * gap + _added(e * _near(gain))
             else:
-                bad = (x == float("-inf")) & (y > float("-inf"))
-                gap = ref_old * gap + tl.where((y == float("-inf")) | bad, 0.0, ref_new * _near(y - x))
-            forbidden = forbidden | bad.to(tl.int32)
+                gain = y - tl.maximum(x, LOWEST)
+                gap = ref_scale * gap + _added(ref_e * _near(gain))
+            most = tl.maximum(most, _most(gain))
 
     row_peak = tl.max(peak, 0)
     scale = tl.exp(peak - row_peak)
@@ -167,7 +190,7 @@ def row_kernel(
             kl = tl.sum(scale * gap, 0) / row_total + (ref_row_peak - row_peak) + (ref_log_total - log_total)
         else:
             kl = tl.sum(ref_scale * gap, 0) / ref_row_total + (row_peak - ref_row_peak) + (log_total - ref_log_total)
-        kl = tl.where(tl.max(forbidden, 0) > 0, float("inf"), kl)
+        kl += tl.where(tl.max(most, 0) > FAR, float("inf"), 0.0)
     target, logprob = -1, 0.0
     if targets is not None:
         target = tl.load(targets + row)
@@ -208,11 +231,12 @@ def row_kernel(
                 on_probs -= on_kl * kl
             else:
                 on_probs += on_kl
+        lanes = tl.arange(0, BLOCK)
         for start in range(0, V, BLOCK):
             at = start + lanes
             z = _read(logits, bias, at, width, V)
             x = _shape(z, temperature, softcap, at, V, CAPPED) - row_peak
-            probs = tl.exp(x) * (1.0 / row_total)
+            probs = _exp(x) * (1.0 / row_total)
             logs = x - log_total
             on_item = tl.full([BLOCK], 0.0, tl.float32) + on_probs
             if of_entropy is not None:
@@ -224,12 +248,12 @@ def row_kernel(
                 if FORWARD_KL:
                     on_item += on_kl * (logs - (y - ref_log_total))
                 else:
-                    ref_probs = tl.exp(y - ref_log_total)
+                    ref_probs = _exp(y - ref_log_total)
             g = _product(probs, on_item) - on_kl * ref_probs + tl.where(at == target, on_target, 0.0)
             if temperature is not None:
                 g *= 1.0 / temperature
             if CAPPED:
-                e = tl.exp(-2.0 * tl.abs(tl.div_rn(z, softcap)))
+                e = _exp(-2.0 * tl.abs(tl.div_rn(z, softcap)))
                 g *= 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 − tanh² would lose its digits where the cap saturates
             g = tl.where(idle, 0.0, g)
             if grad.dtype.element_ty != logits.dtype.element_ty:
