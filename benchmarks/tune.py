@@ -72,7 +72,7 @@ def row_kernel(shape: Shape, kind: str, rounds: int, bandwidth: float) -> dict[s
 
     was = triton_backend.BLOCK, triton_backend.WARPS
     options = product((512, 1024, 2048, 4096, 8192), (4, 8, 16, 32))
-    calls = {f"BLOCK {b:5} WARPS {w:2}": call_with(b, w) for b, w in options if 2 <= b // (32 * w) <= 64}
+    calls = {f"BLOCK {b:5} WARPS {w:2}": call_with(b, w) for b, w in options if 4 <= b // (32 * w) <= 64}
     seconds = _fastest(f"row kernel, {kind} (now BLOCK {was[0]}, WARPS {was[1]})", calls, rounds, moved / bandwidth)
     triton_backend.BLOCK, triton_backend.WARPS = was
     return seconds

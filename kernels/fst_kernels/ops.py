@@ -156,9 +156,10 @@ measure.register_autograd(_backward, setup_context=_remember)
 
 @torch.library.custom_op("fst_kernels::measure_logits", mutates_args=())
 def measure_logits(logits: Tensor, temperature: Tensor, targets: Tensor, entropy: bool, backend: str) -> list[Tensor]:
-    require(*target_rules(targets, logits.shape[1], temperature))
     given = Logits(logits, None, temperature, None, ours=False)
-    return _present(blocks.measure_logits(row_step(backend), given, targets, entropy))
+    found = blocks.measure_logits(row_step(backend), given, targets, entropy)
+    require(*target_rules(targets, logits.shape[1], temperature))  # while a GPU works: its queue is not empty meanwhile
+    return _present(found)
 
 
 @measure_logits.register_fake

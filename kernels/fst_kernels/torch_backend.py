@@ -67,7 +67,8 @@ class _Block:
         logprobs = entropies = kl = None
         if ask.targets is not None:
             self.targets = ask.targets
-            logprobs = logs.gather(1, self.targets[:, None]).squeeze(1)
+            place = self.targets.clamp(0, logs.shape[1] - 1)  # what lies outside is refused once all is launched
+            logprobs = logs.gather(1, place[:, None]).squeeze(1)
         if ask.ref is not None:
             ref_probs, ref_logs, _ = _softmax(_shaped(ask.ref, ask.keep)[0])
             if ask.forward_kl:  # Σ p (log p − log q); slope p (log p − log q) − p KL

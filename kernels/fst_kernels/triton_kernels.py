@@ -1,7 +1,8 @@
 """The row kernel: one program measures one row of logits and turns it into its gradient; two reads, one write.
 
-First pass: running maximum, sum and expectations in every lane, joined at the end. Between the passes the row's
-log-prob gives its ratio and coefficient (`Objective`, in scalars). Second pass: the gradient, over the logits.
+First pass: running maximum, sum and expectations, of a thread's neighbours together, joined at the end. Between the
+passes the row's log-prob gives its ratio and coefficient (`Objective`, in scalars). Second pass: the gradient, over the
+logits.
 """
 # mypy: allow-untyped-defs, no-check-untyped-defs
 
@@ -45,12 +46,21 @@ def _read(logits, bias, at, width, V):
 
 
 @triton.jit
+def _divide(z, c):
+    """z / c rounded to nearest where the result is normal; ±inf and NaN as in z / c."""
+    inverse = tl.div_rn(1.0, c)
+    q = z * inverse
+    better = tl.fma(tl.fma(-q, c, z), inverse, q)
+    return tl.where(tl.abs(better) <= -LOWEST, better, q)
+
+
+@triton.jit
 def _shape(z, temperature, softcap, at, V, CAPPED: tl.constexpr):
     """Logits after softcap and temperature; −inf from V on."""
     if CAPPED:
-        z = softcap * _tanh(tl.div_rn(z, softcap))
+        z = softcap * _tanh(_divide(z, softcap))
     if temperature is not None:
-        z = tl.div_rn(z, temperature)  # `/` may be 2 ulp off: 8e-6 at a logit of 40
+        z = _divide(z, temperature)  # `/` may be 2 ulp off: 8e-6 at a logit of 40
     return tl.where(at < V, z, float("-inf"))
 
 
@@ -64,18 +74,6 @@ def _near(d):
 def _product(weight, value):
     """weight · value, 0 where the weight is 0 whatever the value: items of probability 0 count nothing."""
     return tl.where(weight == 0, 0.0, weight * value)
-
-
-@triton.jit
-def _most(x):
-    """The largest that each thread holds [THREADS]."""
-    return tl.max(tl.max(x, 2), 0)
-
-
-@triton.jit
-def _added(x):
-    """The sum of what each thread holds [THREADS]."""
-    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
@@ -125,8 +123,7 @@ def row_kernel(
     CAPPED: tl.constexpr,
     FORWARD_KL: tl.constexpr,
     BLOCK: tl.constexpr,
-    RUN: tl.constexpr,  # items of 16 bytes
-    THREADS: tl.constexpr,
+    RUN: tl.constexpr,  # items of 16 bytes, a thread's in one load
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -134,44 +131,42 @@ def row_kernel(
         ref_logits += row * ref_stride
     if temperature is not None:
         temperature = tl.load(temperature + row)
-    # Of a tile of logits a thread holds RUNS runs of RUN neighbours, 16 bytes each, and keeps one state for all of them.
-    RUNS: tl.constexpr = BLOCK // (THREADS * RUN)
-    of_run = tl.arange(0, RUNS)[:, None, None] * (THREADS * RUN)
-    of_thread = tl.arange(0, THREADS)[None, :, None] * RUN
-    held = of_run + of_thread + tl.arange(0, RUN)[None, None, :]
-    peak = tl.full([THREADS], LOWEST, tl.float32)
-    total = tl.zeros([THREADS], tl.float32)  # Σ exp(x − peak)
-    moment = tl.zeros([THREADS], tl.float32)  # Σ exp(x − peak) (x − peak)
-    gap = tl.zeros([THREADS], tl.float32)  # Σ exp(x − peak) (x − y), y of the reference; reverse KL: x and y swapped
-    most = tl.full([THREADS], LOWEST, tl.float32)  # max (x − y): an item is possible here and impossible there
-    ref_peak = tl.full([THREADS], LOWEST, tl.float32)
-    ref_total = tl.zeros([THREADS], tl.float32)
+    # RUN neighbours lie in one thread and share a state: what joins them needs no other thread.
+    RUNS: tl.constexpr = BLOCK // RUN
+    runs = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    peak = tl.full([RUNS], LOWEST, tl.float32)
+    total = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak)
+    moment = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak) (x − peak)
+    gap = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak) (x − y), y of the reference; reverse KL: x and y swapped
+    most = tl.full([RUNS], LOWEST, tl.float32)  # max (x − y): above FAR, the KL is infinite
+    ref_peak = tl.full([RUNS], LOWEST, tl.float32)
+    ref_total = tl.zeros([RUNS], tl.float32)
     for start in range(0, V, BLOCK):
-        at = start + held
+        at = start + runs
         x = _shape(_read(logits, bias, at, width, V), temperature, softcap, at, V, CAPPED)
-        raised = tl.maximum(peak, _most(x))
+        raised = tl.maximum(peak, tl.max(x, 1))
         moved = tl.maximum(peak - raised, -FAR)
         scale = _exp(moved)
         peak = raised
-        d = x - peak[None, :, None]
+        d = x - peak[:, None]
         e = _exp(d)
         if entropy_out is not None or of_entropy is not None:
-            moment = scale * (moment + moved * total) + _added(e * tl.maximum(d, -FAR))
-        total = scale * total + _added(e)
+            moment = scale * (moment + moved * total) + tl.sum(e * tl.maximum(d, -FAR), 1)
+        total = scale * total + tl.sum(e, 1)
         if ref_logits is not None:
             y = _shape(_read(ref_logits, ref_bias, at, width, V), temperature, softcap, at, V, CAPPED)
-            raised = tl.maximum(ref_peak, _most(y))
+            raised = tl.maximum(ref_peak, tl.max(y, 1))
             ref_scale = _exp(tl.maximum(ref_peak - raised, -FAR))
             ref_peak = raised
-            ref_e = _exp(y - ref_peak[None, :, None])
-            ref_total = ref_scale * ref_total + _added(ref_e)
+            ref_e = _exp(y - ref_peak[:, None])
+            ref_total = ref_scale * ref_total + tl.sum(ref_e, 1)
             if FORWARD_KL:
                 gain = x - tl.maximum(y, LOWEST)
-                gap = scale * gap + _added(e * _near(gain))
+                gap = scale * gap + tl.sum(e * _near(gain), 1)
             else:
                 gain = y - tl.maximum(x, LOWEST)
-                gap = ref_scale * gap + _added(ref_e * _near(gain))
-            most = tl.maximum(most, _most(gain))
+                gap = ref_scale * gap + tl.sum(ref_e * _near(gain), 1)
+            most = tl.maximum(most, tl.max(gain, 1))
 
     row_peak = tl.max(peak, 0)
     scale = tl.exp(peak - row_peak)
@@ -253,7 +248,7 @@ def row_kernel(
             if temperature is not None:
                 g *= 1.0 / temperature
             if CAPPED:
-                e = _exp(-2.0 * tl.abs(tl.div_rn(z, softcap)))
+                e = _exp(-2.0 * tl.abs(_divide(z, softcap)))
                 g *= 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 − tanh² would lose its digits where the cap saturates
             g = tl.where(idle, 0.0, g)
             if grad.dtype.element_ty != logits.dtype.element_ty:

@@ -154,6 +154,33 @@ def test_every_launch_compiles_for_hopper_without_spills(name: str, tmp_path: Pa
         assert bool(re.search(r"STG\.E\.(128|64)", code)) == (options["kind"] is not None)
 
 
+@pytest.mark.parametrize(("name", "most"), [("measure", 16), ("cispo", 17), ("everything", 144)])
+def test_threads_measure_alone_and_in_few_instructions(name: str, most: int, tmp_path: Path) -> None:
+    """Neighbours are joined within their thread: an exchange, or a state an item (27 instructions), takes longer than
+    the memory."""
+    from fst_kernels import triton_backend
+
+    _, _, code = _inspect(_compile(triton_kernels.row_kernel, _launch(**CONFIGURATIONS[name])), tmp_path)
+    if not code:
+        pytest.skip("this triton has no disassembler")
+    loop = _first_loop(code)
+    assert not [x for x in loop if re.search(r"\b(SHFL|BAR|LDS|STS)\b", x)]
+    items = triton_backend.BLOCK // (32 * triton_backend.WARPS)
+    print(f"{name}: {len(loop) / items:.1f} instructions an item")
+    assert len(loop) <= most * items
+
+
+def _first_loop(code: str) -> list[str]:
+    """Its instructions."""
+    lines = code.splitlines()
+    begins = {x.rstrip(":"): i for i, x in enumerate(lines) if x.startswith(".L_")}
+    for i, line in enumerate(lines):
+        back = re.search(r"BRA.*`\((\.L_\w+)\)", line)
+        if back and begins.get(back[1], i) < i:
+            return [x for x in lines[begins[back[1]] : i + 1] if ";" in x]
+    raise AssertionError("no loop")
+
+
 def test_a_narrow_gradient_waits_for_the_whole_program_before_it_overwrites_logits(tmp_path: Path) -> None:
     _, _, code = _inspect(_compile(triton_kernels.row_kernel, _launch(**PLAIN)), tmp_path)
     if not code:
