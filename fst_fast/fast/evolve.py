@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import gepa
@@ -118,8 +119,8 @@ def evolve(
     )
     result = gepa.optimize(
         seed_candidate=_candidate(run.members[0].prompt),
-        trainset=run.training,
-        valset=_Scoring(),
+        trainset=training,
+        valset=[_SCORING],
         adapter=run,
         reflection_strategy=run,
         sampling_strategy=run,
@@ -130,7 +131,7 @@ def evolve(
         perfect_score=_SOLVED,
         track_best_outputs=False,
         raise_on_exception=True,
-        logger=_Silence(),
+        logger=SimpleNamespace(log=lambda message: None),  # gepa's own prints every prompt it meets
         seed=derive(seed, "gepa", cycle),
     )
     if run.error:
@@ -184,7 +185,7 @@ class _Cycle:
         fits: Callable[[Prompt], bool],
     ):
         training = [*first, *training]
-        self.members, self.training = members, _Problems(training)
+        self.members = members
         self.reflector, self.config, self.proposals, self.seed, self.cycle = reflector, config, proposals, seed, cycle
         self.fits, self._evaluate = fits, evaluate
         self.parents = stream(seed, "gepa", cycle, "parents")
@@ -252,7 +253,7 @@ class _Cycle:
         try:
             state: GEPAState = event["state"]
             for i, member in enumerate(self.members[1:], start=1):
-                scored = ValsetEvaluation({}, dict.fromkeys([_SCORING], self._scored(i).scores[0]))
+                scored = ValsetEvaluation({}, {0: self._scored(i).scores[0]})
                 before = state.total_num_evals
                 state.increment_evals(1)
                 state.update_state_with_new_program([], _candidate(member.prompt), scored, None, before)
@@ -386,44 +387,8 @@ class Minibatches:
 
 
 _COMPONENT = "prompt"  # the only text of a candidate
-_SCORING = "scoring"  # the only item of gepa's validation set
+_SCORING = "scoring"  # the only item of gepa's validation set, number 0: it stands for the race
 
 
 def _candidate(prompt: Prompt) -> dict[str, str]:
     return {_COMPONENT: prompt.text}
-
-
-class _Scoring:
-    """gepa's DataLoader of its validation set: one item that stands for the race, since gepa scores all or nothing."""
-
-    def all_ids(self) -> list[str]:
-        return [_SCORING]
-
-    def fetch(self, ids: Sequence[str]) -> list[str]:
-        return list(ids)
-
-    def __len__(self) -> int:
-        return 1
-
-
-class _Problems:
-    """gepa's DataLoader over problems, by their own ids."""
-
-    def __init__(self, problems: Sequence[Problem]):
-        self._problems = {p.id: p for p in problems}
-
-    def all_ids(self) -> list[str]:
-        return list(self._problems)
-
-    def fetch(self, ids: Sequence[str]) -> list[Problem]:
-        return [self._problems[i] for i in ids]
-
-    def __len__(self) -> int:
-        return len(self._problems)
-
-
-class _Silence:
-    """gepa's logger prints every prompt it meets."""
-
-    def log(self, message: str, *_: Any, **__: Any) -> None:
-        pass
