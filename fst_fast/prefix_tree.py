@@ -178,26 +178,14 @@ class Node:
     sequence: int  # index of a sequence that contains this node's tokens
     start: int
     end: int
-    parent: int  # index into PrefixTree.nodes; -1 = top level
+    parent: int  # index of a node; -1 = top level
     leaves: list[int] = field(default_factory=list)  # sequences that end exactly here
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixTree:
-    """`nodes` in depth-first order (parents before children)."""
-
-    nodes: list[Node]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to compute when every node is computed once."""
-        return sum(node.end - node.start for node in self.nodes)
-
-
-def build(sequences: Sequence[Sequence[int]], *, min_saving: int = 1) -> PrefixTree:
-    """Trie of non-empty token sequences for a prefill level by level. A shared stretch becomes a node of its own only
-    where computing it once saves at least `min_saving` tokens; a smaller one is computed again by each child (every
-    level costs one forward pass)."""
+def build(sequences: Sequence[Sequence[int]], *, min_saving: int) -> list[Node]:
+    """Trie of non-empty token sequences for a prefill level by level, its nodes depth-first (parents before children).
+    A shared stretch becomes a node of its own only where computing it once saves at least `min_saving` tokens; a
+    smaller one is computed again by each child (every level costs one forward pass)."""
     fine = trie(Ragged.of(sequences))
     leaves: list[list[int]] = [[] for _ in range(len(fine))]
     for i in fine.order.tolist():
@@ -213,7 +201,7 @@ def build(sequences: Sequence[Sequence[int]], *, min_saving: int = 1) -> PrefixT
             nodes.append(Node(representative[k], depth, end, above, leaves[k]))
             above = len(nodes) - 1
         kept.append(above)
-    return PrefixTree(nodes)
+    return nodes
 
 
 @functools.cache

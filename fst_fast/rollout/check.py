@@ -9,7 +9,7 @@ import torch
 
 from fst_fast.errors import EngineError, UserError
 from fst_fast.model import Model
-from fst_fast.prefix_tree import build
+from fst_fast.prefix_tree import Ragged, trie
 from fst_fast.records import Rollout, SamplingParams
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.reuse import k3
@@ -42,7 +42,7 @@ def check_engine(engine: RolloutEngine, model: Model) -> None:
             f"model.path: {model.path}: the {engine.name} engine's log-probs are off by {error:.2g} from the model's "
             "own forward pass: it has other weights or another architecture; Qwen3, Llama, Mistral and Gemma work"
         )
-    computed, needed = engine.stats.computed_prompt_tokens - before, build(prompts).tokens
+    computed, needed = engine.stats.computed_prompt_tokens - before, trie(Ragged.of(prompts)).tokens
     if computed < needed:
         raise UserError(
             f"rollout.engine: after a change of weights the {engine.name} engine computed {computed} of {needed} "

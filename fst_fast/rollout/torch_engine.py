@@ -117,10 +117,10 @@ class TorchEngine:
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[KVBlock, torch.Tensor]:
         """KV [prompts, ...] and last hidden states [prompts, H], every trie node computed once."""
-        tree = build(prompts, min_saving=MIN_SAVING)
-        self.stats.computed_prompt_tokens += tree.tokens
+        nodes = build(prompts, min_saving=MIN_SAVING)
+        self.stats.computed_prompt_tokens += sum(node.end - node.start for node in nodes)
         depth: list[int] = []
-        for node in tree.nodes:  # parents come first
+        for node in nodes:  # parents come first
             depth.append(0 if node.parent < 0 else depth[node.parent] + 1)
         done: KVBlock | None = None
         last: torch.Tensor | None = None
@@ -129,11 +129,11 @@ class TorchEngine:
         row_above: dict[int, int] = {}
         for level in range(max(depth) + 1):
             here = [i for i, d in enumerate(depth) if d == level]
-            spans = [prompts[tree.nodes[i].sequence][tree.nodes[i].start : tree.nodes[i].end] for i in here]
-            parents = torch.tensor([row_above.get(tree.nodes[i].parent, 0) for i in here], device=self.model.device)
+            spans = [prompts[nodes[i].sequence][nodes[i].start : nodes[i].end] for i in here]
+            parents = torch.tensor([row_above.get(nodes[i].parent, 0) for i in here], device=self.model.device)
             block = KVBlock.empty(len(here)) if above is None else above.select(parents)
             hidden = block.extend(self.model, spans)  # [len(here), H], of each span's last token
-            leaves = [(row, prompt) for row, i in enumerate(here) for prompt in tree.nodes[i].leaves]
+            leaves = [(row, prompt) for row, i in enumerate(here) for prompt in nodes[i].leaves]
             if leaves:
                 picked = torch.tensor([row for row, _ in leaves], device=self.model.device)
                 finished = block.select(picked)

@@ -33,7 +33,7 @@ class Packed:
 def pack(sequences: Sequence[Sequence[int]], *, min_saving: int = MIN_SAVING) -> Packed:
     """The trie of non-empty sequences of token ids. A shared prefix comes once, but for stretches of it that would save
     fewer than `min_saving` tokens."""
-    nodes = build(sequences, min_saving=min_saving).nodes
+    nodes = build(sequences, min_saving=min_saving)
     ends = np.cumsum([node.end - node.start for node in nodes]).tolist()
     starts = [0, *ends[:-1]]
     stops = list(ends)
@@ -69,7 +69,7 @@ def packed_states(rollouts: Sequence[Rollout], device: torch.device) -> States:
 
 def packed_work(rollouts: Sequence[Rollout]) -> PassWork:
     """Of a forward pass over the rollouts' trie, as `packed_states` has it."""
-    nodes = build([r.prompt_ids + r.response_ids[:-1] for r in rollouts], min_saving=MIN_SAVING).nodes
+    nodes = build([r.prompt_ids + r.response_ids[:-1] for r in rollouts], min_saving=MIN_SAVING)
     return PassWork.over([(node.start, node.end) for node in nodes], sum(len(r.response_ids) for r in rollouts))
 
 

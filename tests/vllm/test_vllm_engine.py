@@ -19,7 +19,7 @@ import torch
 from fst_fast.config import RolloutConfig
 from fst_fast.errors import UserError
 from fst_fast.model import Model, load_model
-from fst_fast.prefix_tree import build
+from fst_fast.prefix_tree import Ragged, trie
 from fst_fast.records import SamplingParams
 from fst_fast.rollout import make_engine
 from fst_fast.rollout.check import check_engine
@@ -230,7 +230,7 @@ def planned_prefill(requests: Sequence[Request], block: int) -> int:
         cuts = [r.prompt_ids[i * block : (i + 1) * block] for i in range(whole)]
         readable.append([names.setdefault(cut, len(names)) for cut in cuts])
         rest += len(r.prompt_ids) - whole * block
-    return block * build(readable).tokens + rest
+    return block * trie(Ragged.of(readable)).tokens + rest
 
 
 def prefill(engine: VllmEngine, requests: Sequence[Request], monkeypatch: pytest.MonkeyPatch) -> int:
