@@ -18,7 +18,7 @@ from fst_fast.records import Problem, Verdict
 from fst_fast.tasks.datasets import records
 from fst_fast.tasks.json_answer import NotJson, difference, last_object, shown
 from fst_fast.tasks.published import PublishedOptions, PublishedTask, field
-from fst_fast.tasks.sandbox import Call, Sandbox
+from fst_fast.tasks.sandbox import Sandbox
 from fst_fast.tasks.split import mixed
 
 PROMPT = 'Follow the program step by step. End with a JSON object: {"output": ...} or {"input": {...}}, as asked.'
@@ -94,7 +94,7 @@ class CodeioTask(PublishedTask):
 
     def _run(self, problem: Problem, argument: Any) -> str:
         """What is wrong with what the program makes of `argument`, in one clause; "" when that is the output."""
-        outcome = self._sandbox.call(Call(problem.data["program"], problem.data["function"], argument))
+        outcome = self._sandbox.call(problem.data["program"], problem.data["function"], argument)
         if outcome.error:
             return f"the program ends with an error ({outcome.error})"
         try:

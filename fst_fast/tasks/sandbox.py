@@ -26,15 +26,6 @@ KEPT = ("LD_LIBRARY_PATH",)  # what a Python may need to start; no other variabl
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """`function(**argument)`, or `function(argument)` where the argument is not a dict, as `program` defines it."""
-
-    program: str
-    function: str
-    argument: Any  # of JSON's types
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
     """The function's result as JSON text (NaN and Infinity as Python writes them), or why there is none."""
 
@@ -64,9 +55,10 @@ class Sandbox:
         )
         self.size = self._jails.size
 
-    def call(self, call: Call) -> Outcome:
-        """Waits for a free jail, then for the outcome."""
-        request = {"program": call.program, "function": call.function, "argument": call.argument}
+    def call(self, program: str, function: str, argument: Any) -> Outcome:
+        """Of `function(**argument)`, or `function(argument)` where the argument, of JSON's types, is not a dict, as
+        `program` defines it. Waits for a free jail."""
+        request = {"program": program, "function": function, "argument": argument}
         found = self._jails.ask(request, PATIENCE * self._seconds + GRACE)
         if found is None:
             return Outcome(error="the sandbox did not answer and was killed with the program in it")

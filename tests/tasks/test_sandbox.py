@@ -18,7 +18,7 @@ import pytest
 
 from fst_fast.tasks import sandbox
 from fst_fast.tasks.jail import CALLS, MACHINES
-from fst_fast.tasks.sandbox import Call, Outcome, Sandbox
+from fst_fast.tasks.sandbox import Outcome, Sandbox
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's"),
@@ -125,23 +125,23 @@ def test_a_program_that_misbehaves_is_stopped_with_a_reason(
     complete: Sandbox, strict: Sandbox, outside: Path, name: str
 ) -> None:
     program, reason = {**ESCAPES, **HIDDEN}[name]
-    outcome = (strict if "no result" in reason else complete).call(Call(program, "f", str(outside)))
+    outcome = (strict if "no result" in reason else complete).call(program, "f", str(outside))
     assert not outcome.result
     assert re.search(reason, outcome.error), outcome.error
     assert len(outcome.error) < 700
-    assert complete.call(Call("def f(x): return x + 1", "f", 1)) == Outcome("2")  # and the next one runs
+    assert complete.call("def f(x): return x + 1", "f", 1) == Outcome("2")  # and the next one runs
 
 
 @pytest.mark.parametrize("layers", ["namespaces", "landlock"])
 def test_the_same_holds_without_one_of_the_layers(layers: str, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weaker = without(layers, monkeypatch)
     with pytest.warns(UserWarning, match="sandbox: there .* no (private namespaces|Landlock)") as said:
-        assert weaker.call(Call("def f(x): return x", "f", 1)) == Outcome("1")
+        assert weaker.call("def f(x): return x", "f", 1) == Outcome("1")
     assert sum("sandbox: there" in str(warning.message) for warning in said) == 1
     cases = {**ESCAPES, **({} if layers == "landlock" else HIDDEN)}
     slow = {name for name, (_, reason) in cases.items() if "no result" in reason}
     for name in cases.keys() - slow:
-        outcome = weaker.call(Call(cases[name][0], "f", str(outside)))
+        outcome = weaker.call(cases[name][0], "f", str(outside))
         assert not outcome.result, name
         assert outcome.error, name
 
@@ -152,15 +152,15 @@ def test_processes_left_behind_end_with_the_program_where_they_cannot_be_forbidd
 ) -> None:
     weaker = without(layers, monkeypatch, preamble)
     with pytest.warns(UserWarning, match="programs can start processes"):
-        weaker.call(Call("def f(x): return x", "f", 1))
+        weaker.call("def f(x): return x", "f", 1)
     before = processes(preamble)
     assert before
-    outcome = weaker.call(Call(ESCAPES["daemon"][0], "f", 1))  # two processes return; one who is not root cannot fork
+    outcome = weaker.call(ESCAPES["daemon"][0], "f", 1)  # two processes return; one who is not root cannot fork
     assert re.search("no result within|wrote to the channel|BlockingIOError", outcome.error)
-    outcome = weaker.call(Call(ORPHAN, "f", 1))
+    outcome = weaker.call(ORPHAN, "f", 1)
     assert outcome.result == "1" or "BlockingIOError" in outcome.error
     assert processes(preamble) == before
-    assert weaker.call(Call("def f(x): return x", "f", 1)) == Outcome("1")
+    assert weaker.call("def f(x): return x", "f", 1) == Outcome("1")
 
 
 def test_orphans_end_with_the_program_without_namespaces_and_filter(
@@ -168,17 +168,17 @@ def test_orphans_end_with_the_program_without_namespaces_and_filter(
 ) -> None:
     weaker = without("seccomp,namespaces", monkeypatch, preamble)
     with pytest.warns(UserWarning, match="no private namespaces"):
-        weaker.call(Call("def f(x): return x", "f", 1))
+        weaker.call("def f(x): return x", "f", 1)
     before = processes(preamble)
     assert before
-    weaker.call(Call(ORPHAN, "f", 1))
+    weaker.call(ORPHAN, "f", 1)
     assert processes(preamble) == before
 
 
 def test_the_trainers_environment_is_not_seen(complete: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     fresh = Sandbox(jails=1)
-    env = json.loads(fresh.call(Call("import os\ndef f(x): return dict(os.environ)", "f", 1)).result)
+    env = json.loads(fresh.call("import os\ndef f(x): return dict(os.environ)", "f", 1).result)
     assert SECRET not in str(env)
     assert set(env) <= {"PYTHONHASHSEED", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "LANG", *sandbox.KEPT}
     search = """
@@ -190,29 +190,28 @@ def f(pid):
         except OSError: pass
     return found
 """
-    assert fresh.call(Call(search, "f", os.getpid())) == Outcome("{}")
+    assert fresh.call(search, "f", os.getpid()) == Outcome("{}")
 
 
 def test_a_function_gets_its_argument_by_name_or_alone_and_finds_the_preamble(complete: Sandbox) -> None:
-    assert complete.call(Call("def f(a, b=2): return [a, b]", "f", {"a": 1})) == Outcome("[1, 2]")
-    assert complete.call(Call("def g(a): return Counter(a)", "g", "aab")) == Outcome('{"a": 2, "b": 1}')
+    assert complete.call("def f(a, b=2): return [a, b]", "f", {"a": 1}) == Outcome("[1, 2]")
+    assert complete.call("def g(a): return Counter(a)", "g", "aab") == Outcome('{"a": 2, "b": 1}')
     assert (
-        complete.call(Call("def f(x): return [math.inf, -math.inf, math.nan]", "f", 1)).result
-        == "[Infinity, -Infinity, NaN]"
+        complete.call("def f(x): return [math.inf, -math.inf, math.nan]", "f", 1).result == "[Infinity, -Infinity, NaN]"
     )
-    assert complete.call(Call("def f(x): return x + '\\ud800é'", "f", "\ud800")) == Outcome('"\\ud800\\ud800\\u00e9"')
+    assert complete.call("def f(x): return x + '\\ud800é'", "f", "\ud800") == Outcome('"\\ud800\\ud800\\u00e9"')
 
 
 def test_programs_leave_nothing_to_each_other(complete: Sandbox) -> None:
     poison = "import builtins, json, math\nbuiltins.len = lambda x: 7\njson.dumps = math.pi = None\ndef f(x): return 1"
     for _ in range(2 * complete.size):
-        complete.call(Call(poison, "f", 1))
-    assert complete.call(Call("def f(x): return [len(x), round(math.pi)]", "f", "abc")) == Outcome("[3, 3]")
+        complete.call(poison, "f", 1)
+    assert complete.call("def f(x): return [len(x), round(math.pi)]", "f", "abc") == Outcome("[3, 3]")
 
 
 def test_what_a_program_prints_is_lost(capfd: pytest.CaptureFixture[str]) -> None:
     program = "import os, sys\ndef f(x):\n print(x)\n os.write(2, b'x')\n return print(x, file=sys.stderr)"
-    assert Sandbox(jails=1).call(Call(program, "f", 1)) == Outcome("null")
+    assert Sandbox(jails=1).call(program, "f", 1) == Outcome("null")
     assert capfd.readouterr() == ("", "")
 
 
@@ -226,38 +225,38 @@ def test_ordinary_programs_run(complete: Sandbox) -> None:
         "def f(x): return x\nif __name__ == '__main__': raise ValueError": "1",
         "import random\ndef f(x): return random.Random(x).randint(0, 9)": "2",
     }.items():  # fmt: skip
-        assert complete.call(Call(program, "f", 1)) == Outcome(result)
+        assert complete.call(program, "f", 1) == Outcome(result)
 
 
 def test_many_run_at_once_and_keep_their_order(complete: Sandbox) -> None:
     assert complete.size == min(16, os.cpu_count() or 1)
-    calls = [Call(f"def f(x): return x * {i}" if i % 5 else "def f(x): 1 / 0", "f", 2) for i in range(40)]
+    programs = [f"def f(x): return x * {i}" if i % 5 else "def f(x): 1 / 0" for i in range(40)]
     expected = [
         Outcome(str(2 * i)) if i % 5 else Outcome(error="ZeroDivisionError: division by zero") for i in range(40)
     ]
     with ThreadPoolExecutor(complete.size + 4) as pool:  # some wait for a jail
-        assert list(pool.map(complete.call, calls)) == expected
+        assert list(pool.map(lambda program: complete.call(program, "f", 2), programs)) == expected
 
 
 def test_a_jail_that_dies_is_replaced() -> None:
     box = Sandbox(jails=1)
-    assert box.call(Call("def f(x): return x", "f", 1)) == Outcome("1")
+    assert box.call("def f(x): return x", "f", 1) == Outcome("1")
     jail = box._jails._idle.queue[0]
     assert jail is not None
     jail._process.kill()
     jail._process.wait()
-    assert "did not answer" in box.call(Call("def f(x): return x", "f", 1)).error
-    assert box.call(Call("def f(x): return x", "f", 1)) == Outcome("1")
+    assert "did not answer" in box.call("def f(x): return x", "f", 1).error
+    assert box.call("def f(x): return x", "f", 1) == Outcome("1")
 
 
 def test_nothing_runs_on_when_the_trainer_is_gone(preamble: str) -> None:
     script = f"""
 import sys, threading, time
 sys.path.insert(0, {str(Path(sandbox.__file__).parents[2])!r})
-from fst_fast.tasks.sandbox import Call, Sandbox
+from fst_fast.tasks.sandbox import Sandbox
 box = Sandbox(preamble={preamble!r}, seconds=0.5)
-box.call(Call("def f(x): return x", "f", 1))
-threading.Thread(target=lambda: box.call(Call("while True: pass", "f", 1)), daemon=True).start()
+box.call("def f(x): return x", "f", 1)
+threading.Thread(target=lambda: box.call("while True: pass", "f", 1), daemon=True).start()
 time.sleep(0.3)
 print("busy", flush=True)
 time.sleep(60)
@@ -289,5 +288,5 @@ def test_the_filters_numbers_are_this_kernels() -> None:
 def test_an_argument_that_is_no_json_is_the_callers_fault(complete: Sandbox) -> None:
     bad: Any = {1, 2}
     with pytest.raises(TypeError, match="not JSON serializable"):
-        complete.call(Call("def f(x): return x", "f", bad))
-    assert complete.call(Call("def f(x): return x", "f", 1)) == Outcome("1")
+        complete.call("def f(x): return x", "f", bad)
+    assert complete.call("def f(x): return x", "f", 1) == Outcome("1")
