@@ -27,6 +27,7 @@ FORMS = (
     "file, a folder or a dataset; codeio-ood, math-ood, hover-ood, physics-ood: what they do not train on); or a "
     "mixture of them, A+B, A>B or A>>B"
 )
+PUBLISHED = {"codeio": CodeioTask, "hover": HoverTask, "math": MathTask, "physics": PhysicsTask}
 
 
 def task_maker(config: Config) -> Callable[..., Task]:
@@ -60,12 +61,6 @@ def make_task(
         case "jsonl":
             known = None if trained is None else {posed(task, p) for task in trained for p in task.train}
             return JsonlTask(rest, jsonl or JsonlOptions(), known)
-        case "math" | "math-ood":
-            return MathTask(rest, data or PublishedOptions(), unseen=kind == "math-ood")
-        case "hover" | "hover-ood":
-            return HoverTask(rest, data or PublishedOptions(), unseen=kind == "hover-ood")
-        case "physics" | "physics-ood":
-            return PhysicsTask(rest, data or PublishedOptions(), unseen=kind == "physics-ood")
-        case "codeio" | "codeio-ood":
-            return CodeioTask(rest, data or PublishedOptions(), unseen=kind == "codeio-ood")
+    if published := PUBLISHED.get(kind.removesuffix("-ood")):
+        return published(rest, data or PublishedOptions(), unseen=kind.endswith("-ood"))
     raise UserError(f"task {spec!r}: there is no such task; known are {FORMS}.")

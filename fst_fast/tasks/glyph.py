@@ -13,7 +13,7 @@ from itertools import product
 from fst_fast.errors import UserError
 from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
-from fst_fast.tasks.task import Message
+from fst_fast.tasks.task import Message, chat
 
 Rule = tuple[str, ...]  # one value per aspect, in the order of ASPECTS
 
@@ -102,6 +102,9 @@ class GlyphTask:
     """
 
     seed_prompt = SEED_PROMPT
+    phrasebook: Mapping[str, Sequence[str]] = {  # of an aspect the wordings of all values, right and wrong
+        aspect: [w for wordings in values.values() for w in wordings] for aspect, values in ASPECTS.items()
+    }
 
     def __init__(self, rules: str, seed: int, *, n_train: int = 4096, n_validation: int = 128):
         if not re.fullmatch(r"[A-Z](/[A-Z]){0,9}", rules):
@@ -129,15 +132,10 @@ class GlyphTask:
         return Problem(f"{self.name}/{letters}", {"letters": letters, "rule": self.rules[i]}, slice=visible)
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:
-        return [{"role": "system", "content": prompt}, {"role": "user", "content": " ".join(problem.data["letters"])}]
+        return chat(prompt, " ".join(problem.data["letters"]))
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         return verify(problem, response)
-
-    @property
-    def phrasebook(self) -> Mapping[str, Sequence[str]]:
-        """Aspect → the wordings of all its values, right and wrong."""
-        return {aspect: [w for wordings in values.values() for w in wordings] for aspect, values in ASPECTS.items()}
 
 
 def instruction_cases(n: int, seed: int) -> list[tuple[str, Problem]]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fst_fast.records import Problem
 from fst_fast.seeding import derive, stream
 from fst_fast.tasks import glyph, star_base
-from fst_fast.tasks.task import Task
+from fst_fast.tasks.task import Task, chat
 
 ASSET = Path(__file__).parents[1] / "assets" / "glyph-base"  # the shipped folder
 
@@ -114,7 +114,7 @@ def batches(tokenizer: Any, config: BaseConfig) -> Iterator[tuple[torch.Tensor, 
     while True:
         examples = [WORLDS[config.world].example(rng) for _ in range(at_once * config.batch)]
         prompts = tokenizer.apply_chat_template(
-            [_conversation(system, user) for system, user, _ in examples], add_generation_prompt=True, return_dict=False
+            [chat(system, user) for system, user, _ in examples], add_generation_prompt=True, return_dict=False
         )
         answers = tokenizer([f" {answer}{END}" for *_, answer in examples])["input_ids"]
         rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[0]) + len(row[1]))
@@ -122,10 +122,6 @@ def batches(tokenizer: Any, config: BaseConfig) -> Iterator[tuple[torch.Tensor, 
         rng.shuffle(starts)
         for start in starts:
             yield _pad(rows[start : start + config.batch], tokenizer.pad_token_id)
-
-
-def _conversation(system: str, user: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
 def _pad(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

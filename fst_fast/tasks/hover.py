@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +141,21 @@ def _release(folder: Path, split: str) -> str:
 
 def _row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A row in one form: the release's [title, sentence] pairs and label names, or the Hub's objects and numbers."""
-    read: Callable[[str, type[Any]], Any] = lambda name, kind: field(row, name, kind, where)  # noqa: E731
     label = row.get("label")
     if isinstance(label, int) and label in (0, 1):
         label = LABELS[label]
     if label not in LABELS:
         raise UserError(f"{where}: field 'label' is {quoted(label)}; it must be SUPPORTED or NOT_SUPPORTED.")
     titles = []
-    for fact in read("supporting_facts", list):
+    for fact in field(row, "supporting_facts", list, where):
         title = fact.get("key") if isinstance(fact, dict) else fact[0] if isinstance(fact, list | tuple) and fact else 0
         if not isinstance(title, str):
             raise UserError(f"{where}: field 'supporting_facts' holds {quoted(fact)}, not [title, sentence].")
         titles.append(title)
     return {
-        "uid": read("uid", str),
-        "claim": read("claim", str).strip(),
-        "num_hops": read("num_hops", int),
+        "uid": field(row, "uid", str, where),
+        "claim": field(row, "claim", str, where).strip(),
+        "num_hops": field(row, "num_hops", int, where),
         "label": label,
         "titles": tuple(dict.fromkeys(titles)),
         "context": _context(row.get("context") or ()),

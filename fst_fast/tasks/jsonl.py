@@ -10,7 +10,7 @@ from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
 from fst_fast.tasks.datasets import json_lines
 from fst_fast.tasks.split import hold_out, mixed
-from fst_fast.tasks.task import Message
+from fst_fast.tasks.task import Message, chat
 from fst_fast.tasks.verifiers import make_verifier
 
 
@@ -42,6 +42,8 @@ class JsonlTask:
     """`jsonl:PATH`. Problems of equal text never stand on both sides of the split. With `trained`, the texts that a run
     trains on, the file is for evaluation: all of it is held out but those."""
 
+    phrasebook: Mapping[str, Sequence[str]] = {}
+
     def __init__(self, path: str, options: JsonlOptions, trained: Collection[str] | None = None):
         if not 0 < options.validation_fraction < 1:
             raise UserError(f"jsonl.validation_fraction: {options.validation_fraction} must lie between 0 and 1.")
@@ -66,14 +68,10 @@ class JsonlTask:
             self.train, self.validation = hold_out(problems, self._text, options.validation_fraction, path)
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:
-        return [{"role": "system", "content": prompt}, {"role": "user", "content": self._text(problem)}]
+        return chat(prompt, self._text(problem))
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         return self._verify(problem.data, response)
-
-    @property
-    def phrasebook(self) -> Mapping[str, Sequence[str]]:
-        return {}
 
     def _text(self, problem: Problem) -> str:
         return problem.data[self._options.problem_field]

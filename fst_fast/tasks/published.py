@@ -13,7 +13,7 @@ from pydantic import Field
 from fst_fast.errors import UserError, quoted
 from fst_fast.records import Problem, Verdict
 from fst_fast.tasks.split import hold_out
-from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message
+from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message, chat
 
 LONGEST = 50_000  # characters of a response that are read, from its end
 HELD_OUT = 0.1  # of the problems, where the data has no validation split of its own
@@ -55,7 +55,7 @@ class PublishedTask:
         self.seed_prompt = prompt if options.prompt == "task" else AGNOSTIC_PROMPT
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:
-        return [{"role": "system", "content": prompt}, {"role": "user", "content": problem.data["problem"]}]
+        return chat(prompt, problem.data["problem"])
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         raise NotImplementedError

@@ -13,7 +13,7 @@ from itertools import pairwise
 from fst_fast.errors import UserError
 from fst_fast.records import Problem, Verdict
 from fst_fast.seeding import stream
-from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message
+from fst_fast.tasks.task import AGNOSTIC_PROMPT, Message, chat
 from fst_fast.tasks.verifiers import final_answer
 
 MAX_NODES = 1000
@@ -67,7 +67,7 @@ class StarGraphTask:
         self.validation: Sequence[Problem] = problems[n_train:]
 
     def messages(self, prompt: str, problem: Problem) -> list[Message]:
-        return [{"role": "system", "content": prompt}, {"role": "user", "content": question(problem)}]
+        return chat(prompt, question(problem))
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         """Reward 1 for exactly the path; `parts` tells whether its start, all its edges and its goal are right."""

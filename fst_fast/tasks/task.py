@@ -12,6 +12,10 @@ AGNOSTIC_PROMPT = "Solve the problem."  # says nothing of any task
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
+def chat(system: str, user: str) -> list[Message]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
 class Task(Protocol):
     """A source of problems with a verifiable reward.
 
