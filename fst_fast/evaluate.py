@@ -32,7 +32,7 @@ from fst_fast.rollout.dispatch import Scheduler
 from fst_fast.rollout.reuse import RolloutStore
 from fst_fast.runs import plain
 from fst_fast.slow.learner import token_kl
-from fst_fast.slow.policy import micro_batches, padded_tokens, response_hidden, shared_batches
+from fst_fast.slow.policy import micro_batches, padded_tokens, response_states, shared_batches
 from fst_fast.tasks import task_maker
 from fst_fast.tasks.glyph import GlyphTask, instruction_cases
 from fst_fast.tasks.mixture import Mixture, parts_of
@@ -159,7 +159,8 @@ def mean_kl(model: Model, base: Model, rollouts: Sequence[Rollout], micro_tokens
     sums = {"kl": 0.0, "tokens": 0}
     for indices, counts in shared_batches(ranks, rollouts, micro_batches(rollouts, micro_tokens), padded_tokens):
         batch = [rollouts[i] for i in indices]
-        kl = token_kl(model, response_hidden(model, batch), base, response_hidden(base, batch), batch)
+        states = response_states(batch, model.device)
+        kl = token_kl(model, states(model), base, states(base), batch)
         if counts:
             sums["kl"] += float(kl.double().sum())
             sums["tokens"] += len(kl)
@@ -245,10 +246,9 @@ def evaluate_run(command: EvaluateCommand) -> tuple[dict[str, Any], dict[str, st
     task = make(command.task, trained=tasks) if command.task else tasks[state.entered]
     settings = replace(settings, problems=command.problems or len(task.validation))
     torch.set_num_threads(config.threads)
-    loading = {k: v for k, v in asdict(config.model).items() if k != "path"}
-    base = load_model(config.model.path, **loading)
+    base = load_model(**asdict(config.model))
     check_inputs(saved["inputs"], fingerprint(tasks, ood, base), command.run)
-    model = load_model(str(folder / "model"), **loading)
+    model = load_model(**asdict(config.model) | {"path": str(folder / "model")})
     engine = make_engine(config.rollout, model)
     check_engine(engine, model)
     population, best = deployed(config.mode, state, task)

@@ -90,24 +90,24 @@ class Trainer:
             make_order(task, size, stage, seed=config.seed, name=name)
             for task, name, stage in zip(self.tasks, self.names, self.stages, strict=True)
         ]
-        path, loading = config.model.path, {k: v for k, v in asdict(config.model).items() if k != "path"}
-        self.base = load_model(path, **loading)
+        loading = asdict(config.model)
+        self.base = load_model(**loading)
         self.base.lm.requires_grad_(False)
         self.longest = check_context(self.base, self.tasks, self.ood, config)
         self.inputs = fingerprint(self.tasks, self.ood, self.base)
         check_alike(config, self.inputs, self.ranks)
-        self.shape = shape_of(self.base.lm, path)
+        self.shape = shape_of(self.base.lm, config.model.path)
         # of a mixture of experts the shape counts them all for every token: no utilisation then
         dense = not any(".experts." in name for name, _ in self.base.lm.named_parameters())
         self.peak = self.ranks.size * peak_flops(self.base.device, config.peak_tflops) * dense
         self._shard(self.base)  # before the next one is loaded: a GPU holds one whole model at a time
-        self.model = load_model(path, **loading)
+        self.model = load_model(**loading)
         if config.slow.lora_rank:
             adapt(self.model, config.slow.lora_rank, config.seed)
         recompute(self.model, config.slow.recompute)
         self._shard(self.model)
         embedded = self.model.sharded and config.rollout.engine == "torch"
-        replica = load_model(path, **loading) if embedded else None  # for the engine to copy the weights to
+        replica = load_model(**loading) if embedded else None  # for the engine to copy the weights to
         self.policy = Policy(self.model, config.slow)
         self.learner = Learner(self.policy, self.base, config.slow, self.ranks)
         whole = self.model.context

@@ -128,11 +128,6 @@ def response_states(
     return lambda model: model.hidden(ids, use_cache=False)[row, column]
 
 
-def response_hidden(model: Model, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """`response_states` of one model."""
-    return response_states(rollouts, model.device)(model)
-
-
 def response_targets(rollouts: Sequence[Rollout], device: torch.device) -> torch.Tensor:
     """Token ids [N] of the responses, in the order of `response_states`."""
     return on_device([t for r in rollouts for t in r.response_ids], device)

@@ -19,7 +19,7 @@ from fst_fast.rollout.engine import Request
 from fst_fast.rollout.torch_engine import TorchEngine
 from fst_fast.slow.advantage import advantages, group_by_problem, has_signal
 from fst_fast.slow.learner import Learner, by_rollout, token_kl
-from fst_fast.slow.policy import Policy, micro_batches, response_hidden
+from fst_fast.slow.policy import Policy, micro_batches, response_states
 from tests.models import FAMILIES, save_tiny, tiny
 
 CONFIG = SlowConfig(lr=1e-3, warmup=0, clip=1e9, kl_coef=0.0, weight_max=1.5)
@@ -232,7 +232,7 @@ def test_distillation_follows_the_exact_reverse_kl_to_the_prompted_teacher(model
 def test_token_kl_is_exact_and_zero_to_itself(model: Model, base: Model) -> None:
     rollouts = [r for g in make_groups(model) for r in g.rollouts]
     with torch.no_grad():
-        mine, theirs = response_hidden(model, rollouts), response_hidden(base, rollouts)
+        mine, theirs = (response_states(rollouts, m.device)(m) for m in (model, base))
         assert float(token_kl(model, mine, model, mine, rollouts).abs().max()) < 1e-6
         found = token_kl(model, mine, base, theirs, rollouts)
         exact, exact_base = copy.deepcopy(model), copy.deepcopy(base)

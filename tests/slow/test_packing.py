@@ -24,7 +24,7 @@ from fst_fast.slow import tree_attention as tree
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner
 from fst_fast.slow.packing import MIN_SAVING, pack, packed_batches, packed_states, prepare
-from fst_fast.slow.policy import Policy, response_hidden, response_states
+from fst_fast.slow.policy import Policy, response_states
 from tests.models import tiny
 from tests.slow.test_learner import Recorder
 
@@ -128,7 +128,7 @@ def test_in_float64_hidden_states_are_those_of_separate_sequences(models: tuple[
     model.lm.double()
     try:
         rollouts = [r for g in groups_of(model) for r in g.rollouts]
-        ours, theirs = packed_states(rollouts, model.device)(model).detach(), response_hidden(model, rollouts).detach()
+        ours, theirs = (of(rollouts, model.device)(model).detach() for of in (packed_states, response_states))
         assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-12
     finally:
         model.lm.float()
