@@ -46,18 +46,10 @@ class Ranks:
         """Whether this is the rank that writes files and speaks."""
         return self.rank == 0
 
-    def split(self, costs: Sequence[float]) -> list[list[int]]:
-        """Indices of everybody's share: contiguous, so that siblings stay together, and of about equal cost."""
-        shares: list[list[int]] = [[] for _ in range(self.size)]
-        before, total = 0.0, sum(costs)
-        for i, cost in enumerate(costs):
-            shares[min(self.size - 1, int(self.size * (before + cost / 2) / total))].append(i)
-            before += cost
-        return shares
-
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of `items`, as many as the others'."""
-        return [items[i] for i in self.split([1.0] * len(items))[self.rank]]
+        """This rank's part of `items`, neighbours, as many as the others', or one more."""
+        start, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return list(items[start:end])
 
     def join(self, own: Sequence[T]) -> list[T]:
         """What all ranks have, one after the other: undoes `share`."""
