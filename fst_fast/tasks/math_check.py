@@ -27,14 +27,9 @@ class MathChecker:
         self._workers = Workers("math-verify", lambda: [sys.executable, "-P", script, *options])
         self.size = self._workers.size
 
-    def check(self, answer: str, response: str) -> str:
-        """Whether `response` equals `answer`: right or wrong; or "no answer", "no response" (nothing mathematical in
-        it), "stuck" (out of time or memory).
-        """
-        return self.compare(answer, response)[0]
-
     def compare(self, answer: str, response: str) -> tuple[str, str]:
-        """(outcome as of `check`, the expression that was read in the response, cut to 200 characters)."""
+        """Whether `response` equals `answer`: right or wrong; or "no answer", "no response" (nothing mathematical in
+        it), "stuck" (out of time or memory). And the expression that was read in it, cut to 200 characters."""
         return self._ask(answer, response[-LONGEST:])
 
     def value(self, expression: str) -> float | None:

@@ -138,7 +138,7 @@ class Math(Exact):
 
     def __call__(self, row: Row, response: str) -> Verdict:
         expected = self.answer(row)
-        outcome = self.checker.check(expected, spoken(response))
+        outcome, _ = self.checker.compare(expected, spoken(response))
         if outcome == "no answer":
             raise UserError(
                 f"field '{self.answer_field}' is {quoted(expected)}; math-verify finds no mathematics in it."
