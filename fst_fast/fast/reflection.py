@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from typing import Protocol, runtime_checkable
 
 from fst_fast.records import Prompt, Rollout
@@ -35,13 +36,7 @@ class ReflectionUsage:
     failures: int = 0  # calls without a usable answer
 
     def __add__(self, other: ReflectionUsage) -> ReflectionUsage:
-        return ReflectionUsage(
-            self.calls + other.calls,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.dollars + other.dollars,
-            self.failures + other.failures,
-        )
+        return ReflectionUsage(*map(add, astuple(self), astuple(other)))
 
 
 class Reflector(Protocol):
