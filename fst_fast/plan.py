@@ -264,7 +264,7 @@ def lines(config: Config, options: PlanOptions) -> Iterator[str]:
             f"reflector.max_new_tokens = {answer}: an edit by the policy of that length leaves no room for its "
             f"question in the context of {target.shape.name}, {context} tokens; use less, or another --reflector"
         )
-    if target.on_gpu or not target.here:
+    if not target.here:
         check_fits(config, options, target)
     speed = speed_of(config, options, target)
     live = options.live or (LIVE if target.here else 1.0)
@@ -276,7 +276,7 @@ def report(
     config: Config, options: PlanOptions, target: Target, speed: Speed, work: Work, away: list[str]
 ) -> Iterator[str]:
     shape, hardware, n = target.shape, target.hardware, speed.lengths
-    machine = "this machine's CPU" if hardware.name == "cpu" else f"{options.gpus} x {hardware.name}"
+    machine = f"{options.gpus} x {hardware.name}" if target.on_gpu else "this machine's CPU"
     yield f"plan: {config.mode} of {shape.name} ({shape.parameters / 1e9:.4g} B parameters) on {machine}"
     if away:
         yield f"not looked at, not on this machine or too much work: {', '.join(away)}"

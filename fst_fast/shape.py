@@ -124,18 +124,16 @@ def read_shape(path: str, *, field: str) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
     folder = Path(path)
-    if path in BUILT_IN:
-        config: Any = Qwen3Config(**BUILT_IN[path])
-    elif not (folder / "config.json").is_file():
+    if path not in BUILT_IN and not (folder / "config.json").is_file():
         raise UserError(
             f"{field} = {path!r}: there is no {folder / 'config.json'}; give a Hugging Face model folder, or "
             f"--plan.model with one of {', '.join(BUILT_IN)}"
         )
     try:
-        config = config if path in BUILT_IN else AutoConfig.from_pretrained(folder)
+        config = Qwen3Config(**BUILT_IN[path]) if path in BUILT_IN else AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
-        return shape_of(lm, path if path in BUILT_IN else folder.name)
+        return shape_of(lm, folder.name)
     except Exception as error:  # whatever a broken config.json makes transformers raise
         raise UserError(
             f"{field} = {path!r}: its config.json is not one of a causal LM: {error}".split("\n")[0]
