@@ -17,7 +17,7 @@ import torch
 from fst_fast import checkpoint
 from fst_fast.config import Config, stages
 from fst_fast.model import load_model
-from fst_fast.ranks import Ranks
+from fst_fast.ranks import ALONE
 from fst_fast.rates import Lengths
 from fst_fast.records import Prompt, Rollout, SamplingParams, Verdict
 from fst_fast.rollout import make_engine
@@ -93,7 +93,7 @@ def calibrate(config: Config) -> Measured:
             ]
             return collector.collect(task, asks, purpose="eval", step=0, key=(next(calls),))
 
-        saver = checkpoint.Saver(Path(scratch), Ranks(), keep=1, background=False)
+        saver = checkpoint.Saver(Path(scratch), ALONE, keep=1, background=False)
         every = [r for task in tasks for r in sample(task, LARGE)]  # also a warm-up
         # every group is given a gradient
         batch = every[: config.rollout.problems * config.rollout.group_size]

@@ -27,7 +27,7 @@ import torch
 from fst_fast.errors import UserError
 from fst_fast.files import DISK_FULL, sync_directory, write_atomic
 from fst_fast.model import Model
-from fst_fast.ranks import Ranks
+from fst_fast.ranks import ALONE, Ranks
 from fst_fast.slow.policy import Policy
 
 SOME_SPACE = 1 << 20  # bytes; with less left, a write that failed found the disk full
@@ -174,25 +174,20 @@ def folders(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
 
 
-def latest(run_dir: Path, ranks: Ranks | None = None) -> Path | None:
+def latest(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
     """The newest checkpoint whose files match its manifest; None when none was written yet.
 
     UserError when there are some and none is good: to start over would destroy what is left of the run.
     """
-    ranks = ranks or Ranks()
     found = ranks.first(lambda: folders(run_dir))
-    good = next((folder for folder in found if intact(folder, ranks)), None)
+    good = next((folder for folder in found if all(ranks.join([_intact(folder, ranks)]))), None)
     if found and not good:
         raise UserError(f"run_dir: no checkpoint of {run_dir} is intact any more; start again in another run_dir")
     return good
 
 
-def intact(folder: Path, ranks: Ranks) -> bool:
-    """Each rank reads a part of the files."""
-    return all(ranks.join([_intact(folder, ranks)]))
-
-
 def _intact(folder: Path, ranks: Ranks) -> bool:
+    """This rank's part of the files."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, digest in ranks.share(list(manifest.items())):
@@ -208,11 +203,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def load_policy(folder: Path, policy: Policy, ranks: Ranks | None = None) -> None:
+def load_policy(folder: Path, policy: Policy, ranks: Ranks = ALONE) -> None:
     """Weights and optimizer of a checkpoint into `policy`, bit for bit, whatever the number of ranks that saved it."""
     import torch.distributed.checkpoint as dcp
 
-    trained, group = policy.state_dict(), ranks.group if ranks else None
+    trained, group = policy.state_dict(), ranks.group
     with torch.no_grad(), _plain_errors(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process
         dcp.load(trained, checkpoint_id=folder / "trainer", process_group=group, no_dist=group is None)

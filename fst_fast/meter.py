@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fst_fast.prefix_tree import Ragged, trie
-from fst_fast.ranks import Ranks
+from fst_fast.ranks import ALONE, Ranks
 from fst_fast.records import Rollout
 from fst_fast.shape import PassWork, Shape
 
@@ -26,7 +26,7 @@ class Meter:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._inner = 0.0  # seconds of the phases inside the one under way
         self._since = time.monotonic()
-        self.gpus, self._price, self._ranks = 0, 0.0, Ranks()
+        self.gpus, self._price, self._ranks = 0, 0.0, ALONE
         self._gpu: GpuSampler | None = None
 
     def start(self, device: torch.device, price: float, log: Callable[[str], None], ranks: Ranks) -> None:

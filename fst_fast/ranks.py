@@ -1,7 +1,7 @@
 """The processes of a run as one: who does which share, who writes, and how they tell each other what they found.
 
 Every rank runs the same loop on the same records and comes to the same decisions; rank 0 alone has side effects. A
-process on its own is `Ranks()`, where all of this does nothing.
+process on its own is `ALONE`, where all of this does nothing.
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ class Ranks:
         return replace(self, group=self.background)
 
 
+ALONE = Ranks()  # a process on its own
+
+
 def launched() -> bool:
     """Whether a launcher, launch.py or torchrun, started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -102,7 +105,7 @@ def joined(device: str) -> Iterator[Ranks]:
     Inside a node parameters are sharded, across nodes replicated (HSDP).
     """
     if not launched():
-        yield Ranks()
+        yield ALONE
         return
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

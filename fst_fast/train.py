@@ -24,7 +24,7 @@ from fst_fast.launch import launch, workers
 from fst_fast.model import model_folder
 from fst_fast.plan import lines as plan_lines
 from fst_fast.preflight import check_empty
-from fst_fast.ranks import Ranks, joined, launched
+from fst_fast.ranks import ALONE, Ranks, joined, launched
 from fst_fast.report import write_report
 from fst_fast.runs import print_summary
 from fst_fast.tasks import task_maker
@@ -64,9 +64,8 @@ def check_all(config: Config, run_dir: Path, *, resume: bool) -> None:
     check_empty(run_dir, resume=resume)
 
 
-def train(config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks | None = None) -> None:
+def train(config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks = ALONE) -> None:
     """One run from its configuration (or its last checkpoint) to its report."""
-    ranks = ranks or Ranks()
     trainer = Trainer(config, run_dir, ranks)  # bad input is refused here, before anything is written
     with resumable(run_dir), checkpoint.locked(run_dir) if ranks.main else nullcontext():
         with trainer.open(resume=resume):

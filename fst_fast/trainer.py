@@ -36,7 +36,7 @@ from fst_fast.files import Appender, write_atomic
 from fst_fast.meter import Meter, mfu, sampling_work
 from fst_fast.model import Model, load_model
 from fst_fast.preflight import check_alike, check_empty, check_shared
-from fst_fast.ranks import Ranks
+from fst_fast.ranks import ALONE, Ranks
 from fst_fast.rates import peak_flops
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
 from fst_fast.rollout import make_engine
@@ -73,12 +73,12 @@ class Batch:
 class Trainer:
     """The verbs of the loop, over the parts of a run and its state."""
 
-    def __init__(self, config: Config, run_dir: Path, ranks: Ranks | None = None):
+    def __init__(self, config: Config, run_dir: Path, ranks: Ranks = ALONE):
         self.meter = Meter()
         check(config)
         check_installed(config)
         torch.set_num_threads(config.threads)
-        self.config, self.run_dir, self.ranks = config, run_dir, ranks or Ranks()
+        self.config, self.run_dir, self.ranks = config, run_dir, ranks
         self.stages = stages(config.stream)
         make = task_maker(config)
         self.tasks = [make(stage.task) for stage in self.stages]

@@ -13,7 +13,7 @@ from fst_fast.errors import UserError
 from fst_fast.fast.phrasebook import PhrasebookReflector
 from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUsage, Reflector
 from fst_fast.fast.template import Pose, instruction, parse
-from fst_fast.ranks import Ranks
+from fst_fast.ranks import ALONE, Ranks
 from fst_fast.records import Answer
 from fst_fast.tasks.task import Message, Task, posed
 
@@ -27,7 +27,7 @@ def make_reflectors(
     reflector: ReflectorConfig,
     tasks: Sequence[Task],
     generate: Generate | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Reflector]:
     """The reflector named by `fast.reflector`, for each of `tasks`. `generate` serves "policy" only, `ranks` "openai".
 
@@ -41,9 +41,7 @@ def make_reflectors(
         from fst_fast.fast.endpoint import Endpoint, EndpointReflector
 
         endpoint = Endpoint(reflector)
-        return [
-            OnFirstRank(EndpointReflector(endpoint, pose, fast.max_prompt_chars), ranks or Ranks()) for pose in poses
-        ]
+        return [OnFirstRank(EndpointReflector(endpoint, pose, fast.max_prompt_chars), ranks) for pose in poses]
     assert generate is not None, "the policy reflector needs the engine"
     return [PolicyReflector(generate, pose, fast.max_prompt_chars, reflector.max_trace_chars) for pose in poses]
 

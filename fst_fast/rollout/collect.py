@@ -12,7 +12,7 @@ from typing import Any
 
 from fst_fast.errors import EngineError
 from fst_fast.model import Model
-from fst_fast.ranks import Ranks
+from fst_fast.ranks import ALONE, Ranks
 from fst_fast.records import Answer, Problem, Prompt, Purpose, Rollout, SamplingParams, Verdict
 from fst_fast.rollout.engine import Completion, Request, RolloutEngine
 from fst_fast.rollout.reuse import RolloutStore
@@ -70,11 +70,11 @@ class Collector:
         totals: Totals,
         sampling: SamplingParams,
         seed: int,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ):
         self.model, self.engine, self.store, self.totals = model, engine, store, totals
-        self.sampling, self._seed, self.ranks, self._phase = sampling, seed, ranks or Ranks(), phase
+        self.sampling, self._seed, self.ranks, self._phase = sampling, seed, ranks, phase
         self._ids = count()
         self._lengths = LengthPredictor()  # of all ranks' responses: each divides the work as the others do
         self._done: dict[int, Completion] = {}  # finished, and not yet asked for

@@ -11,7 +11,7 @@ import torch
 from fst_fast.config import SlowConfig
 from fst_fast.errors import UserError
 from fst_fast.model import Model, on_device
-from fst_fast.ranks import Ranks
+from fst_fast.ranks import ALONE, Ranks
 from fst_fast.records import Group, Rollout
 from fst_fast.shape import PassWork
 from fst_fast.slow.advantage import advantages, has_signal
@@ -69,8 +69,8 @@ class Learner:
     reports add up.
     """
 
-    def __init__(self, policy: Policy, base: Model, config: SlowConfig, ranks: Ranks | None = None):
-        self.policy, self.base, self.config, self.ranks = policy, base, config, ranks or Ranks()
+    def __init__(self, policy: Policy, base: Model, config: SlowConfig, ranks: Ranks = ALONE):
+        self.policy, self.base, self.config, self.ranks = policy, base, config, ranks
         self._packs = config.pack != "off" and self._can_pack()
         self._states: Callable[[Sequence[Rollout], torch.device], States]
         self._states = packed_states if self._packs else response_states
