@@ -20,9 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_fast import report
+from fst_fast import excerpts, report
+from fst_fast.excerpts import matrix, tree, word_diff
 from fst_fast.plots import COLORS, PANELS, draw, group_runs, plot_comparison, svg
-from fst_fast.report import matrix, tree, word_diff, write_report
+from fst_fast.report import write_report
 from fst_fast.runs import Run, read_run
 
 HOSTILE = [
@@ -307,7 +308,7 @@ def test_edits_that_failed_are_counted_and_no_prompt_descends_from_them(tmp_path
 
 
 def test_a_long_rollout_file_is_sampled_over_its_whole_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "SAMPLED_BYTES", 50_000)
+    monkeypatch.setattr(excerpts, "SAMPLED_BYTES", 50_000)
     run = make_run(tmp_path / "run")
     page = Page(write_report([run], run / "report.html"))
     assert "a file too large to read whole" in page.text
