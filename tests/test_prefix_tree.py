@@ -24,7 +24,7 @@ def path(nodes: list[Node], node: int, given: list[tuple[int, ...]]) -> tuple[in
 
 
 @given(sequences, st.integers(1, 12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_sequence_is_the_path_to_exactly_one_node(given: list[tuple[int, ...]], min_saving: int) -> None:
     nodes = build(given, min_saving=min_saving)
     found = {leaf: path(nodes, i, given) for i, node in enumerate(nodes) for leaf in node.leaves}
@@ -38,13 +38,13 @@ def tokens(nodes: list[Node]) -> int:
 
 
 @given(sequences)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_without_a_threshold_every_prefix_is_computed_once(given: list[tuple[int, ...]]) -> None:
     assert tokens(build(given, min_saving=1)) == len({s[:n] for s in given for n in range(1, len(s) + 1)})
 
 
 @given(sequences, st.integers(1, 12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_level_that_saves_too_little_is_computed_again_instead(given: list[tuple[int, ...]], min_saving: int) -> None:
     fine, coarse = build(given, min_saving=1), build(given, min_saving=min_saving)
     assert tokens(fine) <= tokens(coarse) <= sum(map(len, given))
@@ -57,7 +57,7 @@ def columns(tree: Trie) -> list[list[int]]:
 
 
 @given(with_empty)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_the_compiled_trie_is_its_python_twin(given: list[tuple[int, ...]]) -> None:
     assert columns(trie(Ragged.of(given))) == columns(trie_python(Ragged.of(given)))
 
@@ -80,7 +80,7 @@ def test_many_children_and_many_equal_sequences_grow_the_tables() -> None:
 
 
 @given(with_empty)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_subtree_holds_the_sequences_that_begin_with_its_tokens(given: list[tuple[int, ...]]) -> None:
     tree = trie(Ragged.of(given))
     for k in range(len(tree)):
@@ -93,7 +93,7 @@ def test_a_subtree_holds_the_sequences_that_begin_with_its_tokens(given: list[tu
 @given(
     with_empty.flatmap(lambda s: st.tuples(st.just(s), st.lists(st.integers(0, 9), min_size=len(s), max_size=len(s))))
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_cost_order_is_depth_first_with_the_costliest_branch_first(
     drawn: tuple[list[tuple[int, ...]], list[int]],
 ) -> None:

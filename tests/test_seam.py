@@ -61,7 +61,7 @@ def test_the_prompts_full_blocks_are_shared_where_whole_strings_merge_over_the_s
 
 
 @given(st.text(max_size=12) | st.sampled_from(PROBLEMS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_text_is_still_the_templates_and_the_prompt_always_the_same_tokens(merging: Model, problem: str) -> None:
     ids = merging.encode_chat(chat(problem))
     assert merging._text(ids) == text(merging, problem)

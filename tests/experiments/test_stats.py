@@ -24,7 +24,7 @@ def sigmoid(start: float, asymptote: float, middle: float, slope: float, x: np.n
     return start + (asymptote - start) / (1 + (middle / x) ** slope)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0, 0.3), st.floats(0.4, 0.95), st.floats(600, 8000), st.floats(1, 8))
 def test_a_sigmoid_is_recovered_from_its_own_points(start: float, top: float, middle: float, slope: float) -> None:
     y = sigmoid(start, top, middle, slope)

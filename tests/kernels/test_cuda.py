@@ -160,7 +160,7 @@ def _problem(case: dict[str, Any]) -> tuple[Logits, Ask, Measures | PolicyRows]:
     return logits, ask, PolicyRows(ask.targets, behavior, advantages, weights >= 0, weights, objective, *coefficients)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(case=_cases())
 def test_measures_and_gradients_are_those_of_float64(kernel: Fixture, case: dict[str, Any]) -> None:
     logits, ask, upstream = _problem(case)

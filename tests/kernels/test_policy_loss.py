@@ -18,7 +18,7 @@ SLOW = 20 if os.environ.get("TRITON_INTERPRET") == "1" else 1  # test_triton.py 
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-@settings(max_examples=150 // SLOW, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150 // SLOW, derandomize=True, database=None)
 @given(
     n=st.integers(0, 37),
     h=st.integers(1, 19),

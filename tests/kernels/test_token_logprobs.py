@@ -32,7 +32,7 @@ def assert_same_measures(ours: Any, truth: Any, inputs: tuple[torch.Tensor, ...]
         assert_close(a, b, absolute=1e-6, relative=1e-5)
 
 
-@settings(max_examples=80 // SLOW, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80 // SLOW, derandomize=True, database=None)
 @given(
     n=st.integers(1, 30),
     h=st.integers(1, 19),
@@ -185,7 +185,7 @@ def test_rows_without_upstream_gradient_do_not_poison_the_weight(make_problem: F
     assert not hidden.grad[3].any()
 
 
-@settings(max_examples=60 // SLOW, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60 // SLOW, derandomize=True, database=None)
 @given(
     n=st.integers(1, 20),
     h=st.integers(1, 9),

@@ -58,7 +58,7 @@ def _check(assert_close: Fixture, hidden: Tensor, weight: Tensor, targets: Tenso
 
 
 @runs
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, derandomize=True, database=None)
 @given(
     n=st.integers(1, 300),
     h=st.integers(1, 12),

@@ -25,7 +25,7 @@ def lengths(seed: int) -> list[float]:
 
 
 @given(st.integers(0, 99), st.sampled_from([0, 60, 100, 10**6]), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_plan_names_every_request_once_with_siblings_side_by_side(seed: int, cache: int, guess: bool) -> None:
     rng = random.Random(seed)
     priority = [rng.choice([0, 1, 7]) for _ in REQUESTS]
@@ -93,7 +93,7 @@ def makespan(costs: list[float], chosen: list[int], engines: int) -> float:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(2, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_placement_is_within_four_thirds_of_the_best(costs: list[int], engines: int) -> None:
     units = [Unit((i,), (), 0, float(c)) for i, c in enumerate(costs)]
     chosen = place(Plan(units, []), [0.0] * engines)

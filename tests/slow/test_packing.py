@@ -41,7 +41,7 @@ def seen_by(sequences: Sequence[Sequence[int]], min_saving: int) -> tuple[Any, t
     return packed, mask
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tries, st.integers(1, 5))
 def test_every_sequence_is_found_at_its_places(sequences: list[list[int]], min_saving: int) -> None:
     packed = pack(sequences, min_saving=min_saving)
@@ -51,7 +51,7 @@ def test_every_sequence_is_found_at_its_places(sequences: list[list[int]], min_s
         assert packed.positions[place].tolist() == list(range(len(sequence)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tries, st.integers(1, 5), st.booleans(), st.integers(0, 2**31))
 def test_attention_and_its_gradients_are_those_of_a_dense_ancestor_mask(
     sequences: list[list[int]], min_saving: int, as_on_a_gpu: bool, seed: int
@@ -134,7 +134,7 @@ def test_in_float64_hidden_states_are_those_of_separate_sequences(models: tuple[
         model.lm.float()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(20, 600), st.randoms(use_true_random=False))
 def test_batches_hold_every_rollout_once_within_the_budget_and_a_prompt_that_fits_in_one(
     prompts: int, problems: int, budget: int, rng: random.Random

@@ -130,7 +130,7 @@ def whole(spans: list[tree.Span], _device: torch.device | None = None) -> tree.T
 
 
 @given(tries, st.integers(1, 5), st.sampled_from([1, 20, 2**16]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_calls_of_a_gpu_are_right_on_emulated_kernels(
     sequences: list[list[int]], min_saving: int, copied: int
 ) -> None:
