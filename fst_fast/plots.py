@@ -121,7 +121,7 @@ def _settings(run: Run) -> dict[str, Any]:
     return {key: value for key, value in flat(run.config).items() if key not in free}
 
 
-def plot_comparison(run_dirs: Sequence[Path | str], out_png: Path | str) -> Path:
+def plot_comparison(run_dirs: Sequence[Path], out_png: Path) -> Path:
     """Draws reward against steps, reward against rollouts and KL against reward, side by side, all modes in each."""
     from matplotlib.figure import Figure
 
@@ -133,7 +133,7 @@ def plot_comparison(run_dirs: Sequence[Path | str], out_png: Path | str) -> Path
             draw(axes, panel, groups)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(groups))
         figure.savefig(out_png, format="png", dpi=150)
-    return Path(out_png)
+    return out_png
 
 
 def svg(panel: Panel, groups: Sequence[Group], *, number: int) -> str:

@@ -40,9 +40,9 @@ MEASURES = (
 )
 
 
-def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
+def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """Writes the page about one run, or about several overlaid, to `out`. UserError when a folder is no run."""
-    out, runs = Path(out), [read_run(run_dir) for run_dir in run_dirs]
+    runs = [read_run(run_dir) for run_dir in run_dirs]
     if not runs:
         raise UserError("write_report needs at least one run directory")
     groups = group_runs(runs)

@@ -95,9 +95,8 @@ class Run:
         return found
 
 
-def read_run(run_dir: Path | str) -> Run:
+def read_run(run_dir: Path) -> Run:
     """Reads what a run directory has. UserError when it is none: neither config.toml nor metrics.jsonl in it."""
-    run_dir = Path(run_dir)
     if not (run_dir / "config.toml").is_file() and not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir} is no run directory: it has neither config.toml nor metrics.jsonl")
     notes: list[str] = []
@@ -169,7 +168,7 @@ def summed(of: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-def print_summary(run_dir: Path | str, console: Console | None = None) -> None:
+def print_summary(run_dir: Path, console: Console | None = None) -> None:
     """The table a run ends with: per stage what was reached and at what cost, then totals and where the report is."""
     from rich.console import Console
     from rich.table import Table

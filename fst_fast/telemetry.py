@@ -29,7 +29,7 @@ class Telemetry:
 
     def __init__(
         self,
-        run_dir: Path | str,
+        run_dir: Path,
         config: Config,
         total_steps: int,
         *,
@@ -42,7 +42,6 @@ class Telemetry:
 
         if dry:
             config = replace(config, wandb=False, tensorboard=False, progress=False)
-        run_dir = Path(run_dir)
         self.console = console or Console(quiet=dry)
         lost = None if dry else _costs_behind(run_dir / "metrics.jsonl", offset)  # opening cuts them off
         self._metrics = Appender(run_dir / "metrics.jsonl", offset=offset, dry=dry)
