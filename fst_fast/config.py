@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fst_fast.errors import UserError, quoted
+from fst_fast.tasks import PUBLISHED
 from fst_fast.tasks.jsonl import JsonlOptions
 from fst_fast.tasks.mixture import drifts
 from fst_fast.tasks.published import PublishedOptions
@@ -387,7 +388,7 @@ def check(config: Config) -> None:
 
 def without_effect(config: Config) -> list[str]:
     """Sections of settings that were changed and that no task of the run reads."""
-    readers = {"jsonl": ("jsonl",), "data": ("codeio", "math", "hover", "physics")}
+    readers = {"jsonl": ["jsonl"], "data": [*PUBLISHED]}
     tasks, default = f"{config.stream},{config.eval.ood}", Config()
     return [
         section

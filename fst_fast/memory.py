@@ -1,4 +1,4 @@
-"""Memory of one GPU in a run, part by part: arithmetic from the model's shape, nothing is allocated."""
+"""Memory of a GPU and of its machine, part by part: arithmetic from the model's shape, nothing is allocated."""
 
 from __future__ import annotations
 

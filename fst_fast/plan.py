@@ -23,7 +23,7 @@ from fst_fast.memory import FRAGMENTS, GIB, Layout, Part, host_parts, kv_room, p
 from fst_fast.model import GLYPH_BASE
 from fst_fast.rates import Hardware, Lengths, Roofline, kind_of, read_table
 from fst_fast.shape import Shape, read_shape
-from fst_fast.tasks import task_maker
+from fst_fast.tasks import PUBLISHED, task_maker
 from fst_fast.tasks.mixture import tasks_in
 from fst_fast.workload import LIVE, Speed, Work, phases, work_of
 
@@ -148,7 +148,7 @@ def _is_here(task: str) -> bool:
     """Whether a task needs no data, or has it in a file or folder that is read at once: codeio runs its programs."""
     kind, _, source = task.partition(":")
     named = kind.removesuffix("-ood")
-    return named != "codeio" and (named not in ("jsonl", "math", "hover", "physics") or Path(source).exists())
+    return named != "codeio" and (named not in ("jsonl", *PUBLISHED) or Path(source).exists())
 
 
 def _gpus(n: int) -> str:

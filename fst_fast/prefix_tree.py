@@ -1,4 +1,4 @@
-"""Token trie over requests: who shares which prefix. Rollout scheduling walks it; the hot loop is in csrc/."""
+"""Token trie: who shares which prefix. Scheduling, prefill and packing walk it; the hot loop is in csrc/."""
 
 from __future__ import annotations
 

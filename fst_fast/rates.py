@@ -83,7 +83,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds by arithmetic: decoding reads weights and KV, everything else multiplies (the simulator's model).
+    """Seconds by arithmetic: decoding reads weights and KV, everything else multiplies (as in benchmarks/simulator.py).
 
     `gpus` work side by side; `bytes` a weight. Every method takes whole-run-wide counts of rollouts.
     """

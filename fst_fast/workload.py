@@ -158,7 +158,7 @@ def phases(work: Work, speed: Speed, config: Config) -> dict[str, float]:
     """Seconds of the whole run by the names the trainer's own records have (meter.py)."""
     seconds = dict.fromkeys(("rollout", "scoring", "minibatch", "eval"), 0.0)
     each = sum(b.rollouts * b.times for b in work.batches if b.phase == "rollout" or b.beside) / work.steps
-    # two steps' rollouts side by side end about together; in the simulator they take as long, to 1 % (paper.json)
+    # two steps' rollouts side by side end about together; simulated, they take as long to 1 % (benchmarks/rollouts.py)
     ahead = min(speed.rollouts(each), speed.rollouts(2 * each) / 2)
     seconds["rollout"] = (work.steps - work.asked_ahead) * speed.rollouts(each) + work.asked_ahead * ahead
     for b in work.batches:
