@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
@@ -236,12 +236,7 @@ class Scheduler:
 
     @property
     def stats(self) -> EngineStats:
-        each = [e.stats for e in self.engines]
-        return EngineStats(
-            sum(s.prompt_tokens for s in each),
-            sum(s.computed_prompt_tokens for s in each),
-            sum(s.generated_tokens for s in each),
-        )
+        return EngineStats(*map(sum, zip(*(astuple(engine.stats) for engine in self.engines), strict=True)))
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests; what there is room for starts at once. Raises ValueError when an id is taken or a prompt

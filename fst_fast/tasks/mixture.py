@@ -24,7 +24,7 @@ class Mixture:
     def __init__(self, spec: str, make: Callable[[str], Task]):
         self.name = spec
         phases = [[TASKS.split(phase) for phase in PHASES.split(block)] for block in BLOCKS.split(spec)]
-        specs = list(dict.fromkeys(s for block in phases for phase in block for s in phase))
+        specs = list(dict.fromkeys(tasks_in(spec)))
         self.parts: Sequence[Task] = [make(s) for s in specs]
         self._phases = [[Counter(specs.index(s) for s in phase) for phase in block] for block in phases]
         prompts = {part.seed_prompt for part in self.parts}
