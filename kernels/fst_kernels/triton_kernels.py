@@ -138,7 +138,7 @@ def row_kernel(
     total = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak)
     moment = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak) (x − peak)
     gap = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak) (x − y), y of the reference; reverse KL: x and y swapped
-    most = tl.full([RUNS], LOWEST, tl.float32)  # max (x − y): above FAR, the KL is infinite
+    lost = tl.full([RUNS], float("-inf"), tl.float32)  # max x where y is −inf: above −inf, the KL is infinite
     ref_peak = tl.full([RUNS], LOWEST, tl.float32)
     ref_total = tl.zeros([RUNS], tl.float32)
     for start in range(0, V, BLOCK):
@@ -161,12 +161,11 @@ def row_kernel(
             ref_e = _exp(y - ref_peak[:, None])
             ref_total = ref_scale * ref_total + tl.sum(ref_e, 1)
             if FORWARD_KL:
-                gain = x - tl.maximum(y, LOWEST)
-                gap = scale * gap + tl.sum(e * _near(gain), 1)
+                gap = scale * gap + tl.sum(e * _near(x - tl.maximum(y, LOWEST)), 1)
+                lost = tl.maximum(lost, tl.max(tl.where(y == float("-inf"), x, float("-inf")), 1))
             else:
-                gain = y - tl.maximum(x, LOWEST)
-                gap = ref_scale * gap + tl.sum(ref_e * _near(gain), 1)
-            most = tl.maximum(most, tl.max(gain, 1))
+                gap = ref_scale * gap + tl.sum(ref_e * _near(y - tl.maximum(x, LOWEST)), 1)
+                lost = tl.maximum(lost, tl.max(tl.where(x == float("-inf"), y, float("-inf")), 1))
 
     row_peak = tl.max(peak, 0)
     scale = tl.exp(peak - row_peak)
@@ -185,7 +184,7 @@ def row_kernel(
             kl = tl.sum(scale * gap, 0) / row_total + (ref_row_peak - row_peak) + (ref_log_total - log_total)
         else:
             kl = tl.sum(ref_scale * gap, 0) / ref_row_total + (row_peak - ref_row_peak) + (log_total - ref_log_total)
-        kl += tl.where(tl.max(most, 0) > FAR, float("inf"), 0.0)
+        kl += tl.where(tl.max(lost, 0) > float("-inf"), float("inf"), 0.0)
     target, logprob = -1, 0.0
     if targets is not None:
         target = tl.load(targets + row)

@@ -248,6 +248,23 @@ def test_kl_counts_nothing_for_items_impossible_in_both_and_is_infinite_where_on
     assert (linear_kl(*args, bias_q=forbid) == math.inf).all()
 
 
+@pytest.mark.parametrize("masks", [(-1e4, torch.finfo(torch.float32).min), (torch.finfo(torch.bfloat16).min, -1e38)])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_kl_counts_nothing_for_items_masked_by_two_finite_logits(
+    make_problem: Fixture, assert_close: Fixture, masks: tuple[float, float], direction: str
+) -> None:
+    p = make_problem(10, 4, 21)
+    bias, ref_bias = torch.zeros(2, 21)
+    bias[[2, 5, 6, 7]], ref_bias[[2, 5, 6, 7]] = masks
+    args = p.hidden, p.weight, p.ref_hidden, p.ref_weight
+    for first, second in ((bias, ref_bias), (ref_bias, bias)):
+        kw: dict[str, Any] = {"bias_p": first, "bias_q": second, "direction": direction}
+        ours, truth = linear_kl(*args, **kw), reference.linear_kl(*args, **kw)
+        assert_close(ours, truth, absolute=1e-5)
+        for a, b in zip(*(torch.autograd.grad(x.sum(), args[:2]) for x in (ours, truth)), strict=True):
+            assert_close(a, b, absolute=1e-5, relative=1e-5)
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_gradcheck_in_float64(make_problem: Fixture, direction: str) -> None:
     p = make_problem(5, 3, 11, dtype=torch.float64)
