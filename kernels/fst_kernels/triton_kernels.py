@@ -167,6 +167,13 @@ def row_kernel(
                 gap = ref_scale * gap + tl.sum(ref_e * _near(y - tl.maximum(x, LOWEST)), 1)
                 lost = tl.maximum(lost, tl.max(tl.where(x == float("-inf"), y, float("-inf")), 1))
 
+    target = -1
+    if targets is not None:  # before the joins: no thread is past them and writes a gradient here until all have read
+        target = tl.load(targets + row)
+        inside = (target >= 0) & (target < V)
+        place = tl.where(inside, target, 0)
+        chosen = _shape(_read(logits, bias, place, width, V), temperature, softcap, place, V, CAPPED)
+
     row_peak = tl.max(peak, 0)
     scale = tl.exp(peak - row_peak)
     row_total = tl.sum(scale * total, 0)
@@ -185,12 +192,8 @@ def row_kernel(
         else:
             kl = tl.sum(ref_scale * gap, 0) / ref_row_total + (row_peak - ref_row_peak) + (log_total - ref_log_total)
         kl += tl.where(tl.max(lost, 0) > float("-inf"), float("inf"), 0.0)
-    target, logprob = -1, 0.0
+    logprob = 0.0
     if targets is not None:
-        target = tl.load(targets + row)
-        inside = (target >= 0) & (target < V)
-        place = tl.where(inside, target, 0)
-        chosen = _shape(_read(logits, bias, place, width, V), temperature, softcap, place, V, CAPPED)
         logprob = tl.where(inside, chosen - row_peak - log_total, float("nan"))
 
     if logprobs_out is not None:

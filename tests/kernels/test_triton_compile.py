@@ -181,6 +181,17 @@ def _first_loop(code: str) -> list[str]:
     raise AssertionError("no loop")
 
 
+@pytest.mark.parametrize("name", ["fp32", "everything-fp32"])
+def test_the_target_is_read_by_all_threads_before_one_overwrites_its_logit(name: str, tmp_path: Path) -> None:
+    _, _, code = _inspect(_compile(triton_kernels.row_kernel, _launch(**CONFIGURATIONS[name])), tmp_path)
+    if not code:
+        pytest.skip("this triton has no disassembler")
+    accesses = re.findall(r"\b(LDG\.E\.64|LDG\.E|BAR|STG\.E\.128)(?= |\.SYNC)", code)
+    target = accesses.index("LDG.E.64")
+    chosen = accesses.index("LDG.E", target)
+    assert "BAR" in accesses[chosen : accesses.index("STG.E.128", chosen)]
+
+
 def test_a_narrow_gradient_waits_for_the_whole_program_before_it_overwrites_logits(tmp_path: Path) -> None:
     _, _, code = _inspect(_compile(triton_kernels.row_kernel, _launch(**PLAIN)), tmp_path)
     if not code:
