@@ -139,6 +139,14 @@ def test_given_rows_without_a_slope_get_zero_whatever_they_hold() -> None:
     assert logits.grad[keep].any(1).all()
 
 
+@pytest.mark.parametrize("target", [-1, 40, -(2**40), 2**40])
+def test_a_target_outside_of_given_logits_is_named_and_nothing_read_there(target: int) -> None:
+    targets = torch.arange(6)
+    targets[4] = target
+    with pytest.raises(ValueError, match=rf"targets must be in \[0, 40\) in every row, got {target} in row 4"):
+        token_logprobs(torch.randn(6, 40), targets, entropy=True)
+
+
 def test_given_logits_are_never_copied_whole(watcher: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton":
         pytest.skip("the interpreter copies what a kernel takes")
