@@ -124,6 +124,7 @@ def row_kernel(
     FORWARD_KL: tl.constexpr,
     BLOCK: tl.constexpr,
     RUN: tl.constexpr,  # items of 16 bytes, a thread's in one load
+    NEIGHBOURS: tl.constexpr,  # rows begin and end at 16 items; else a load is of one, the next thread's beside it
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -131,9 +132,12 @@ def row_kernel(
         ref_logits += row * ref_stride
     if temperature is not None:
         temperature = tl.load(temperature + row)
-    # RUN neighbours lie in one thread and share a state: what joins them needs no other thread.
+    # RUN items lie in one thread and share a state: what joins them needs no other thread.
     RUNS: tl.constexpr = BLOCK // RUN
-    runs = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    if NEIGHBOURS:
+        runs = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    else:
+        runs = tl.arange(0, RUNS)[:, None] + tl.arange(0, RUN)[None, :] * RUNS
     peak = tl.full([RUNS], LOWEST, tl.float32)
     total = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak)
     moment = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak) (x − peak)

@@ -11,7 +11,7 @@ import torch
 
 from fst_kernels.blocks import Ask, Measures, Multiplier
 from fst_kernels.objective import Objective, PolicyRows
-from fst_kernels.types import Head
+from fst_kernels.types import Head, Logits
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -168,6 +168,20 @@ def test_threads_measure_alone_and_in_few_instructions(name: str, most: int, tmp
     items = triton_backend.BLOCK // (32 * triton_backend.WARPS)
     print(f"{name}: {len(loop) / items:.1f} instructions an item")
     assert len(loop) <= most * items
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_measure_alone_where_no_load_is_wide(dtype: torch.dtype, tmp_path: Path) -> None:
+    from fst_kernels import triton_backend
+
+    recorder, logits = Recorder(), Logits(torch.ones(4, 50257, dtype=dtype), None, torch.tensor(1.0), None, ours=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "row_kernel", recorder)
+        triton_backend.row_step(logits, Ask(torch.zeros(4, dtype=torch.int64), False), None, None)
+    _, _, code = _inspect(_compile(triton_kernels.row_kernel, recorder), tmp_path)
+    if not code:
+        pytest.skip("this triton has no disassembler")
+    assert not [x for x in _first_loop(code) if re.search(r"\b(SHFL|BAR|LDS|STS)\b", x)]
 
 
 def _first_loop(code: str) -> list[str]:
