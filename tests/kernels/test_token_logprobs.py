@@ -263,7 +263,8 @@ def test_kl_counts_nothing_for_items_masked_by_two_finite_logits(
 ) -> None:
     p = make_problem(10, 4, 21)
     bias, ref_bias = torch.zeros(2, 21)
-    bias[[2, 5, 6, 7]], ref_bias[[2, 5, 6, 7]] = masks
+    for mask, lowest in zip((bias, ref_bias), masks, strict=True):
+        mask[[2, 4, 5, 6, 7]] = lowest  # 4 to 7 are all that one state has seen
     args = p.hidden, p.weight, p.ref_hidden, p.ref_weight
     for first, second in ((bias, ref_bias), (ref_bias, bias)):
         kw: dict[str, Any] = {"bias_p": first, "bias_q": second, "direction": direction}
