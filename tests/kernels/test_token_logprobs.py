@@ -256,6 +256,22 @@ def test_kl_counts_nothing_for_items_impossible_in_both_and_is_infinite_where_on
     assert (linear_kl(*args, bias_q=forbid) == math.inf).all()
 
 
+@pytest.mark.parametrize("place", [0, 4999])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_kl_is_infinite_where_one_item_is_forbidden_by_the_side_that_is_not_averaged_over(
+    make_problem: Fixture, direction: str, place: int
+) -> None:
+    p = make_problem(2, 4, 5000)
+    forbid = torch.zeros(5000)
+    forbid[place] = -math.inf
+    args = p.hidden, p.weight, p.ref_hidden, p.ref_weight
+    kw: dict[str, Any] = {"direction": direction, "temperature": 0.6}
+    of_p, of_q = linear_kl(*args, bias_p=forbid, **kw), linear_kl(*args, bias_q=forbid, **kw)
+    infinite, finite = (of_q, of_p) if direction == "forward" else (of_p, of_q)
+    assert (infinite == math.inf).all()
+    assert finite.isfinite().all()
+
+
 @pytest.mark.parametrize("masks", [(-1e4, torch.finfo(torch.float32).min), (torch.finfo(torch.bfloat16).min, -1e38)])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_kl_counts_nothing_for_items_masked_by_two_finite_logits(
