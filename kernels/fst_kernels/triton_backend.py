@@ -25,6 +25,7 @@ BLOCK, WARPS = 2048, 8
 def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, grad: Tensor | None) -> Measures:
     products, ref = logits.products, None if ask.ref is None else ask.ref.products
     n, v = products.shape
+    width = triton.cdiv(v, WIDTH) * WIDTH if logits.ours else v
     given = row_arguments(logits, ask, upstream)
     if n:
         with torch.cuda.device_of(products):
@@ -45,7 +46,7 @@ def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, g
                 given.high,
                 float(logits.softcap or 0),
                 v,
-                triton.cdiv(v, WIDTH) * WIDTH if logits.ours else v,
+                width,
                 products.stride(0),
                 0 if ref is None else ref.stride(0),
                 0 if grad is None else grad.stride(0),
@@ -54,6 +55,7 @@ def row_step(logits: Logits, ask: Ask, upstream: Measures | PolicyRows | None, g
                 FORWARD_KL=ask.forward_kl,
                 BLOCK=BLOCK,
                 RUN=16 // products.element_size(),
+                NEIGHBOURS=not any(x % 16 for x in (products.data_ptr(), products.stride(0), width)),
                 num_warps=WARPS,
                 enable_fp_fusion=False,  # both passes then see the same logits, and no log-prob is above 0
             )

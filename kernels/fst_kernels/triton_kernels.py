@@ -124,6 +124,7 @@ def row_kernel(
     FORWARD_KL: tl.constexpr,
     BLOCK: tl.constexpr,
     RUN: tl.constexpr,  # items of 16 bytes, a thread's in one load
+    NEIGHBOURS: tl.constexpr,  # rows begin and end at 16 items; else a load is of one, the next thread's beside it
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -131,14 +132,17 @@ def row_kernel(
         ref_logits += row * ref_stride
     if temperature is not None:
         temperature = tl.load(temperature + row)
-    # RUN neighbours lie in one thread and share a state: what joins them needs no other thread.
+    # RUN items lie in one thread and share a state: what joins them needs no other thread.
     RUNS: tl.constexpr = BLOCK // RUN
-    runs = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    if NEIGHBOURS:
+        runs = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    else:
+        runs = tl.arange(0, RUNS)[:, None] + tl.arange(0, RUN)[None, :] * RUNS
     peak = tl.full([RUNS], LOWEST, tl.float32)
     total = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak)
     moment = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak) (x − peak)
     gap = tl.zeros([RUNS], tl.float32)  # Σ exp(x − peak) (x − y), y of the reference; reverse KL: x and y swapped
-    most = tl.full([RUNS], LOWEST, tl.float32)  # max (x − y): above FAR, the KL is infinite
+    lost = tl.full([RUNS], float("-inf"), tl.float32)  # max x where y is −inf: above −inf, the KL is infinite
     ref_peak = tl.full([RUNS], LOWEST, tl.float32)
     ref_total = tl.zeros([RUNS], tl.float32)
     for start in range(0, V, BLOCK):
@@ -161,12 +165,18 @@ def row_kernel(
             ref_e = _exp(y - ref_peak[:, None])
             ref_total = ref_scale * ref_total + tl.sum(ref_e, 1)
             if FORWARD_KL:
-                gain = x - tl.maximum(y, LOWEST)
-                gap = scale * gap + tl.sum(e * _near(gain), 1)
+                gap = scale * gap + tl.sum(e * _near(x - tl.maximum(y, LOWEST)), 1)
+                lost = tl.maximum(lost, tl.max(tl.where(y == float("-inf"), x, float("-inf")), 1))
             else:
-                gain = y - tl.maximum(x, LOWEST)
-                gap = ref_scale * gap + tl.sum(ref_e * _near(gain), 1)
-            most = tl.maximum(most, tl.max(gain, 1))
+                gap = ref_scale * gap + tl.sum(ref_e * _near(y - tl.maximum(x, LOWEST)), 1)
+                lost = tl.maximum(lost, tl.max(tl.where(x == float("-inf"), y, float("-inf")), 1))
+
+    target = -1
+    if targets is not None:  # before the joins: no thread is past them and writes a gradient here until all have read
+        target = tl.load(targets + row)
+        inside = (target >= 0) & (target < V)
+        place = tl.where(inside, target, 0)
+        chosen = _shape(_read(logits, bias, place, width, V), temperature, softcap, place, V, CAPPED)
 
     row_peak = tl.max(peak, 0)
     scale = tl.exp(peak - row_peak)
@@ -185,13 +195,9 @@ def row_kernel(
             kl = tl.sum(scale * gap, 0) / row_total + (ref_row_peak - row_peak) + (ref_log_total - log_total)
         else:
             kl = tl.sum(ref_scale * gap, 0) / ref_row_total + (row_peak - ref_row_peak) + (log_total - ref_log_total)
-        kl += tl.where(tl.max(most, 0) > FAR, float("inf"), 0.0)
-    target, logprob = -1, 0.0
+        kl += tl.where(tl.max(lost, 0) > float("-inf"), float("inf"), 0.0)
+    logprob = 0.0
     if targets is not None:
-        target = tl.load(targets + row)
-        inside = (target >= 0) & (target < V)
-        place = tl.where(inside, target, 0)
-        chosen = _shape(_read(logits, bias, place, width, V), temperature, softcap, place, V, CAPPED)
         logprob = tl.where(inside, chosen - row_peak - log_total, float("nan"))
 
     if logprobs_out is not None:

@@ -139,6 +139,14 @@ def test_given_rows_without_a_slope_get_zero_whatever_they_hold() -> None:
     assert logits.grad[keep].any(1).all()
 
 
+@pytest.mark.parametrize("target", [-1, 40, -(2**40), 2**40])
+def test_a_target_outside_of_given_logits_is_named_and_nothing_read_there(target: int) -> None:
+    targets = torch.arange(6)
+    targets[4] = target
+    with pytest.raises(ValueError, match=rf"targets must be in \[0, 40\) in every row, got {target} in row 4"):
+        token_logprobs(torch.randn(6, 40), targets, entropy=True)
+
+
 def test_given_logits_are_never_copied_whole(watcher: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton":
         pytest.skip("the interpreter copies what a kernel takes")
@@ -246,6 +254,40 @@ def test_kl_counts_nothing_for_items_impossible_in_both_and_is_infinite_where_on
         assert_close(linear_kl(*args, **both), reference.linear_kl(*args, **both), absolute=1e-5)
         assert torch.isfinite(torch.autograd.grad(linear_kl(*args, **both).sum(), p.weight)[0]).all()
     assert (linear_kl(*args, bias_q=forbid) == math.inf).all()
+
+
+@pytest.mark.parametrize("place", [0, 4999])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_kl_is_infinite_where_one_item_is_forbidden_by_the_side_that_is_not_averaged_over(
+    make_problem: Fixture, direction: str, place: int
+) -> None:
+    p = make_problem(2, 4, 5000)
+    forbid = torch.zeros(5000)
+    forbid[place] = -math.inf
+    args = p.hidden, p.weight, p.ref_hidden, p.ref_weight
+    kw: dict[str, Any] = {"direction": direction, "temperature": 0.6}
+    of_p, of_q = linear_kl(*args, bias_p=forbid, **kw), linear_kl(*args, bias_q=forbid, **kw)
+    infinite, finite = (of_q, of_p) if direction == "forward" else (of_p, of_q)
+    assert (infinite == math.inf).all()
+    assert finite.isfinite().all()
+
+
+@pytest.mark.parametrize("masks", [(-1e4, torch.finfo(torch.float32).min), (torch.finfo(torch.bfloat16).min, -1e38)])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_kl_counts_nothing_for_items_masked_by_two_finite_logits(
+    make_problem: Fixture, assert_close: Fixture, masks: tuple[float, float], direction: str
+) -> None:
+    p = make_problem(10, 4, 21)
+    bias, ref_bias = torch.zeros(2, 21)
+    for mask, lowest in zip((bias, ref_bias), masks, strict=True):
+        mask[[2, 4, 5, 6, 7]] = lowest  # 4 to 7 are all that one state has seen
+    args = p.hidden, p.weight, p.ref_hidden, p.ref_weight
+    for first, second in ((bias, ref_bias), (ref_bias, bias)):
+        kw: dict[str, Any] = {"bias_p": first, "bias_q": second, "direction": direction}
+        ours, truth = linear_kl(*args, **kw), reference.linear_kl(*args, **kw)
+        assert_close(ours, truth, absolute=1e-5)
+        for a, b in zip(*(torch.autograd.grad(x.sum(), args[:2]) for x in (ours, truth)), strict=True):
+            assert_close(a, b, absolute=1e-5, relative=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])

@@ -11,7 +11,7 @@ import torch
 
 from fst_kernels.blocks import Ask, Measures, Multiplier
 from fst_kernels.objective import Objective, PolicyRows
-from fst_kernels.types import Head
+from fst_kernels.types import Head, Logits
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -170,6 +170,20 @@ def test_threads_measure_alone_and_in_few_instructions(name: str, most: int, tmp
     assert len(loop) <= most * items
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_measure_alone_where_no_load_is_wide(dtype: torch.dtype, tmp_path: Path) -> None:
+    from fst_kernels import triton_backend
+
+    recorder, logits = Recorder(), Logits(torch.ones(4, 50257, dtype=dtype), None, torch.tensor(1.0), None, ours=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "row_kernel", recorder)
+        triton_backend.row_step(logits, Ask(torch.zeros(4, dtype=torch.int64), False), None, None)
+    _, _, code = _inspect(_compile(triton_kernels.row_kernel, recorder), tmp_path)
+    if not code:
+        pytest.skip("this triton has no disassembler")
+    assert not [x for x in _first_loop(code) if re.search(r"\b(SHFL|BAR|LDS|STS)\b", x)]
+
+
 def _first_loop(code: str) -> list[str]:
     """Its instructions."""
     lines = code.splitlines()
@@ -179,6 +193,17 @@ def _first_loop(code: str) -> list[str]:
         if back and begins.get(back[1], i) < i:
             return [x for x in lines[begins[back[1]] : i + 1] if ";" in x]
     raise AssertionError("no loop")
+
+
+@pytest.mark.parametrize("name", ["fp32", "everything-fp32"])
+def test_the_target_is_read_by_all_threads_before_one_overwrites_its_logit(name: str, tmp_path: Path) -> None:
+    _, _, code = _inspect(_compile(triton_kernels.row_kernel, _launch(**CONFIGURATIONS[name])), tmp_path)
+    if not code:
+        pytest.skip("this triton has no disassembler")
+    accesses = re.findall(r"\b(LDG\.E\.64|LDG\.E|BAR|STG\.E\.128)(?= |\.SYNC)", code)
+    target = accesses.index("LDG.E.64")
+    chosen = accesses.index("LDG.E", target)
+    assert "BAR" in accesses[chosen : accesses.index("STG.E.128", chosen)]
 
 
 def test_a_narrow_gradient_waits_for_the_whole_program_before_it_overwrites_logits(tmp_path: Path) -> None:
