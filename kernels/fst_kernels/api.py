@@ -38,8 +38,9 @@ def token_logprobs(
     gets exactly 0, whatever it holds. temperature: a number or [N]. entropy=True adds the entropy over the vocabulary.
     backend as in `linear_token_logprobs`. Raises ValueError on arguments that do not fit.
     """
-    if logits.ndim != 2 or logits.dtype not in OPERANDS:
-        raise ValueError(f"logits must be [N,V] and one of {OPERANDS}, got {list(logits.shape)} {logits.dtype}")
+    if logits.ndim != 2 or len(logits) > logits.numel() or logits.dtype not in OPERANDS:
+        got = f"{list(logits.shape)} {logits.dtype}"
+        raise ValueError(f"logits must be [N,V] with V ≥ 1 and one of {OPERANDS}, got {got}")
     reject_forward_mode(logits)
     scale = _temperature(temperature, logits)
     _check_rows(logits, targets=targets)
