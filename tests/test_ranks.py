@@ -268,6 +268,20 @@ def test_a_process_notices_that_one_of_another_machine_is_gone(killed: bool) -> 
     assert ("error: another process of the run has ended" in said[1]) == killed
 
 
+def test_machines_with_unequal_numbers_of_processes_are_told() -> None:
+    """Their shards would overlap: the mesh has as many ranks on every node."""
+    program = "from fst_fast.ranks import joined\nwith joined('cpu'): pass"
+    port, processes = free_port(), []
+    for rank, node in enumerate((2, 2, 1)):
+        own = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": str(node)}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", program]
+        processes.append(subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        said = process.communicate(timeout=50)[1]
+        assert "UserError: machines with 1 and 2 processes; start as many on each" in said
+
+
 def test_machines_that_train_on_other_settings_or_files_are_told() -> None:
     """Their replicas would go apart without a word."""
     config = Config(run_dir="here", threads=1)
