@@ -184,6 +184,9 @@ def latest(run_dir: Path, ranks: Ranks | None = None) -> Path | None:
     good = next((folder for folder in found if intact(folder, ranks)), None)
     if found and not good:
         raise UserError(f"run_dir: no checkpoint of {run_dir} is intact any more; start again in another run_dir")
+    if good and good != found[0] and ranks.main:
+        passed = ", ".join(folder.name for folder in found[: found.index(good)])
+        warnings.warn(f"{run_dir}: files of {passed} are damaged or gone; {good.name} is taken", stacklevel=2)
     return good
 
 
