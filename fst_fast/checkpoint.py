@@ -169,9 +169,13 @@ def save_model(export: Export, folder: Path) -> None:
 
 
 def folders(run_dir: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+    """Checkpoint folders, newest first; a copy that someone keeps beside them under another name is none."""
     found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+    return sorted(
+        (folder for folder in found if folder.name.removeprefix("step-").isdecimal()),
+        key=lambda folder: int(folder.name.removeprefix("step-")),
+        reverse=True,
+    )
 
 
 def latest(run_dir: Path, ranks: Ranks | None = None) -> Path | None:
