@@ -32,7 +32,7 @@ from fst_fast.config import Config, SlowConfig
 from fst_fast.errors import EngineError, UserError
 from fst_fast.launch import _cause, workers
 from fst_fast.model import Model, load_model
-from fst_fast.preflight import check_alike
+from fst_fast.preflight import check_alike, check_alike_resumed
 from fst_fast.ranks import LAUNCHER, Ranks
 from fst_fast.rollout import vllm_engine
 from fst_fast.slow.policy import Policy
@@ -280,6 +280,12 @@ def test_machines_with_unequal_numbers_of_processes_are_told() -> None:
     for process in processes:
         said = process.communicate(timeout=50)[1]
         assert "UserError: machines with 1 and 2 processes; start as many on each" in said
+
+
+def test_machines_of_which_one_resumes_are_told() -> None:
+    check_alike_resumed(True, Mock(join=lambda own: own * 2))
+    with pytest.raises(UserError, match="some machines were given --resume and others were not"):
+        check_alike_resumed(True, Mock(join=lambda own: [*own, False]))
 
 
 def test_machines_that_train_on_other_settings_or_files_are_told() -> None:
