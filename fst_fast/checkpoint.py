@@ -238,7 +238,8 @@ def _plain_errors(folder: Path) -> Iterator[None]:
         cause: BaseException = next(iter(error.failures.values()))[0]
         if isinstance(cause.__context__, OSError):
             cause = cause.__context__
-        elif shutil.disk_usage(folder).free < SOME_SPACE:  # it came from another process, without its context
+        # it came from another process, without its context; rank 0 may have removed the checkpoint's folder already
+        elif shutil.disk_usage(folder.parents[1]).free < SOME_SPACE:
             cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         raise cause from error
 

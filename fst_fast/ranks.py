@@ -31,6 +31,10 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
 SILENCE = timedelta(minutes=5)  # of a thread that has nothing else to do
 LAUNCHER = "FST_FAST_LAUNCHER"  # process number of launch.py's, which speaks for its workers
+GONE = (
+    "another process of the run has ended, and says why where it was started; --resume continues from the last "
+    "checkpoint, if there is one yet"
+)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -158,12 +162,8 @@ def watched() -> Iterator[None]:
                 leaving.wait(0.1 if last else 1.0)
         except BaseException as error:
             time.sleep(5)  # what ended the other may be ending this one, with more to say
-            sentence = (
-                "another process of the run has ended, and says why where it was started; --resume continues from the "
-                "last checkpoint, if there is one yet"
-            )
-            record(error, sentence, 1)
-            os._exit(say(f"error: {sentence}", 1))
+            record(error, GONE, 1)
+            os._exit(say(f"error: {GONE}", 1))
 
     thread = Thread(target=watch, daemon=True)
     thread.start()

@@ -5,6 +5,7 @@ Ranks are real processes that talk through gloo; what is started by the launcher
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 from unittest.mock import Mock
 
@@ -25,6 +27,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 
 from fst_fast import checkpoint, cli, train
@@ -404,6 +407,23 @@ def test_a_rank_that_fails_ends_though_a_thread_of_it_waits(error: str, code: in
     assert json.loads((tmp_path / "error").read_text())["code"] == code
     assert bool(ended.stderr) != quiet
     assert ("Traceback" in ended.stderr) == (code == 1 and not quiet)
+
+
+def test_what_gloo_says_of_a_rank_that_is_gone_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it ran on another machine, no launcher here knows why."""
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:26313.")
+    assert cli._verdict(error) == ("", 1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli._verdict(error)[0].startswith("error: another process of the run has ended, and says why where it was")
+
+
+def test_a_failed_write_is_told_by_a_rank_that_finds_the_folder_gone(tmp_path: Path) -> None:
+    """Rank 0 removes it, and all have what any of them met."""
+    failed = CheckpointException("save", {1: (OSError(errno.EFBIG, "too large"), StackSummary())})
+    with pytest.raises(OSError, match="too large") as error, checkpoint._plain_errors(tmp_path / "gone" / "trainer"):
+        raise failed
+    assert cli._verdict(error.value)[0].startswith("error: a file grew beyond what this system allows (ulimit -f)")
 
 
 @pytest.mark.parametrize(
