@@ -169,9 +169,13 @@ def save_model(export: Export, folder: Path) -> None:
 
 
 def folders(run_dir: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+    """Checkpoint folders, newest first; a copy that someone keeps beside them under another name is none."""
     found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+    return sorted(
+        (folder for folder in found if folder.name.removeprefix("step-").isdecimal()),
+        key=lambda folder: int(folder.name.removeprefix("step-")),
+        reverse=True,
+    )
 
 
 def latest(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
@@ -183,6 +187,9 @@ def latest(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
     good = next((folder for folder in found if all(ranks.join([_intact(folder, ranks)]))), None)
     if found and not good:
         raise UserError(f"run_dir: no checkpoint of {run_dir} is intact any more; start again in another run_dir")
+    if good and good != found[0] and ranks.main:
+        passed = ", ".join(folder.name for folder in found[: found.index(good)])
+        warnings.warn(f"{run_dir}: files of {passed} are damaged or gone; {good.name} is taken", stacklevel=2)
     return good
 
 
@@ -226,7 +233,8 @@ def _plain_errors(folder: Path) -> Iterator[None]:
         cause: BaseException = next(iter(error.failures.values()))[0]
         if isinstance(cause.__context__, OSError):
             cause = cause.__context__
-        elif shutil.disk_usage(folder).free < SOME_SPACE:  # it came from another process, without its context
+        # it came from another process, without its context; rank 0 may have removed the checkpoint's folder already
+        elif shutil.disk_usage(folder.parents[1]).free < SOME_SPACE:
             cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         raise cause from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import inspect
 import os
 import signal
@@ -23,7 +24,7 @@ from fst_fast.errors import EngineError, Terminated, UserError, quoted, terminat
 from fst_fast.files import DISK_FULL
 from fst_fast.launch import record, say
 from fst_fast.plan import PlanOptions
-from fst_fast.ranks import LAUNCHER, launched
+from fst_fast.ranks import GONE, LAUNCHER, launched
 
 with contextlib.suppress(ImportError, AttributeError):
     # tyro joins the lines of a field's docstring before it takes their indentation away, which keeps them apart
@@ -218,6 +219,10 @@ def _verdict(error: BaseException) -> tuple[str, int]:
             return "error: no space left on the disk; make room, then --resume from the last checkpoint", 2
         case OSError(filename=str() | Path() as name):
             return f"error: {name}: {error.strerror}", 2
+        case OSError(errno=errno.EFBIG):
+            return "error: a file grew beyond what this system allows (ulimit -f); raise that, then --resume", 2
+        case RuntimeError() if launched() and "by peer" in str(error):  # gloo's "Connection closed (or reset) by peer"
+            return f"error: {GONE}", 1
         case EngineError():
             return f"error: {error}; --resume continues from the last checkpoint", 1
         case Terminated():

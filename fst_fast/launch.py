@@ -110,7 +110,8 @@ def _sentence(rank: int, failure: ProcessFailure) -> tuple[str, int]:
     else:
         why = f"failed: {said['message']}" if "at" in said else f"ended with exit code {failure.exitcode}"
     trace = said.get("traceback", "")
-    return f"{trace}error: rank {rank} {why}; the others were stopped; --resume continues from the last checkpoint", 1
+    go_on = "--resume continues from the last checkpoint, if there is one yet"
+    return f"{trace}error: rank {rank} {why}; the others were stopped; {go_on}", 1
 
 
 def say(text: str, code: int) -> int:

@@ -106,6 +106,11 @@ def layout_of(config: Config, options: PlanOptions, target: Target) -> Layout:
 
 def check_fits(config: Config, options: PlanOptions, target: Target) -> None:
     """UserError with what would fit, where the run cannot."""
+    if not _whole(options.gpus, options.node):
+        raise UserError(
+            f"plan.gpus = {options.gpus}: machines of plan.node = {options.node} have as many processes each; use a "
+            "multiple of it"
+        )
     context = options.prompt_tokens + options.problem_tokens
     if context + config.rollout.max_new_tokens > target.shape.context:
         raise UserError(
@@ -151,6 +156,11 @@ def _is_here(task: str) -> bool:
     return named != "codeio" and (named not in ("jsonl", *PUBLISHED) or Path(source).exists())
 
 
+def _whole(gpus: int, node: int) -> bool:
+    """Whether so many are one machine's, or all of several."""
+    return gpus <= node or gpus % node == 0
+
+
 def _gpus(n: int) -> str:
     return f"{n} GPU{'s' * (n > 1)}"
 
@@ -175,11 +185,11 @@ def _misfit(target: Target, at: Layout) -> str:
 def _alternatives(at: Layout) -> Iterator[Layout]:
     """Other layouts, those that cost least speed first."""
     modes = get_args(Recompute)
-    for gpus in (1, 2, 4, 8, 16, 32, 64):
+    for gpus in (n for n in (1, 2, 4, 8, 16, 32, 64) if _whole(at.gpus * n, at.node)):
         for offload, micro, fraction, mode, size in product(
             (at.offload, True),
             dict.fromkeys((at.micro_tokens, min(at.micro_tokens, at.tokens))),
-            dict.fromkeys((at.gpu_fraction, 0.4, 0.3, 0.5, 0.7)),
+            dict.fromkeys((at.gpu_fraction, 0.4, 0.3, 0.5, 0.7, 0.85)),
             modes[modes.index(at.recompute) :],
             (2, at.bytes),
         ):

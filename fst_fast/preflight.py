@@ -55,3 +55,9 @@ def check_alike(config: Config, inputs: Sequence[str], ranks: Ranks) -> None:
             raise UserError(
                 f"ranks 0 and {rank} have other problems or another base model; give every machine the same files"
             )
+
+
+def check_alike_resumed(resume: bool, ranks: Ranks) -> None:
+    """UserError unless all ranks start a run or all resume one: the first would wait for the others."""
+    if len(set(ranks.join([resume]))) > 1:
+        raise UserError("some machines were given --resume and others were not; start the same command everywhere")

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from fst_fast.errors import UserError
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +31,10 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
 SILENCE = timedelta(minutes=5)  # of a thread that has nothing else to do
 LAUNCHER = "FST_FAST_LAUNCHER"  # process number of launch.py's, which speaks for its workers
+GONE = (
+    "another process of the run has ended, and says why where it was started; --resume continues from the last "
+    "checkpoint, if there is one yet"
+)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -120,9 +126,11 @@ def joined(device: str) -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
     rank, size = dist.get_rank(), dist.get_world_size()
     node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
+    if len(sizes := sorted(set(Ranks(rank, size, node, None, *groups).join([node])))) > 1:
+        raise UserError(f"machines with {' and '.join(map(str, sizes))} processes; start as many on each")
     shape, names = ((size,), ("shard",)) if node == size else ((size // node, node), ("replicate", "shard"))
     mesh = init_device_mesh("cuda" if gpu else "cpu", shape, mesh_dim_names=names)
-    groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
     with watched() if node < size else nullcontext():
         yield Ranks(rank, size, node, mesh, *groups)
     dist.destroy_process_group()  # not after an error: the others may never come
@@ -149,12 +157,8 @@ def watched() -> Iterator[None]:
                 leaving.wait(0.1 if last else 1.0)
         except BaseException as error:
             time.sleep(5)  # what ended the other may be ending this one, with more to say
-            sentence = (
-                "another process of the run has ended, and says why where it was started; --resume continues from the "
-                "last checkpoint, if there is one yet"
-            )
-            record(error, sentence, 1)
-            os._exit(say(f"error: {sentence}", 1))
+            record(error, GONE, 1)
+            os._exit(say(f"error: {GONE}", 1))
 
     thread = Thread(target=watch, daemon=True)
     thread.start()

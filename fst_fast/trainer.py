@@ -35,7 +35,7 @@ from fst_fast.fast.reflectors import make_reflectors
 from fst_fast.files import Appender, write_atomic
 from fst_fast.meter import Meter, mfu, sampling_work
 from fst_fast.model import Model, load_model
-from fst_fast.preflight import check_alike, check_empty, check_shared
+from fst_fast.preflight import check_alike, check_alike_resumed, check_empty, check_shared
 from fst_fast.ranks import ALONE, Ranks
 from fst_fast.rates import peak_flops
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
@@ -129,6 +129,7 @@ class Trainer:
     def open(self, *, resume: bool) -> AbstractContextManager[object]:
         """Start the run directory, or go back to its last good checkpoint; a run that was complete stays as it is."""
         config, run_dir, dry = self.config, self.run_dir, not self.ranks.main
+        check_alike_resumed(resume, self.ranks)
         self.ranks.first(lambda: check_empty(run_dir, resume=resume))
         check_shared(run_dir, self.ranks)
         if config.mode != "rl":

@@ -207,6 +207,7 @@ def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytes
         (["--plan.gpus", "1"], "--plan.gpus"),
         (["--plan.gpus", "0"], "plan.gpus = 0: must be greater than or equal to 1"),
         (["--plan.node", "0"], "plan.node = 0: must be"),
+        (["--plan.gpus", "12"], "plan.gpus = 12: machines of plan.node = 8 have as many processes each; use a mult"),
         (["--plan.live", "nan"], "plan.live = nan: must be"),
         (["--plan.live", "-1"], "plan.live = -1.0: must be"),
         (["--plan.prompt-tokens", "-1000"], "plan.prompt_tokens = -1000: must be"),
@@ -239,6 +240,21 @@ def test_what_cannot_be_is_refused_in_a_sentence_that_names_the_field(flags: lis
         main([*FITS, *flags])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_large_model_is_told_of_the_share_in_which_vllm_holds_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each process has all of its weights: 61 of 79 GiB."""
+    shape = {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64}
+    shape |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "qwen3", "tie_word_embeddings": False}))
+    argv = [*FITS, "--plan.model", str(tmp_path), "--rollout.engine", "vllm"]
+    with pytest.raises(UserError) as error:
+        main(argv)
+    _, _, flags = str(error.value).removesuffix(" fits").rpartition("; ")
+    assert flags == "--slow.offload True --rollout.gpu-memory 0.85"
+    assert "fits in" in planned([*argv, *flags.split()], capsys)
 
 
 def test_the_embedded_model_is_no_reflector_of_its_own_prompts_in_a_plan_either() -> None:

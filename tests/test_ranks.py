@@ -5,6 +5,7 @@ Ranks are real processes that talk through gloo; what is started by the launcher
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 from unittest.mock import Mock
 
@@ -24,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 
 from fst_fast import checkpoint, cli, train
@@ -31,7 +34,7 @@ from fst_fast.config import Config, SlowConfig
 from fst_fast.errors import EngineError, UserError
 from fst_fast.launch import _cause, workers
 from fst_fast.model import Model, load_model
-from fst_fast.preflight import check_alike
+from fst_fast.preflight import check_alike, check_alike_resumed
 from fst_fast.ranks import LAUNCHER, Ranks
 from fst_fast.rollout import vllm_engine
 from fst_fast.slow.policy import Policy
@@ -267,6 +270,26 @@ def test_a_process_notices_that_one_of_another_machine_is_gone(killed: bool) -> 
     assert ("error: another process of the run has ended" in said[1]) == killed
 
 
+def test_machines_with_unequal_numbers_of_processes_are_told() -> None:
+    """Their shards would overlap: the mesh has as many ranks on every node."""
+    program = "from fst_fast.ranks import joined\nwith joined('cpu'): pass"
+    port, processes = free_port(), []
+    for rank, node in enumerate((2, 2, 1)):
+        own = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": str(node)}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", program]
+        processes.append(subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        said = process.communicate(timeout=50)[1]
+        assert "UserError: machines with 1 and 2 processes; start as many on each" in said
+
+
+def test_machines_of_which_one_resumes_are_told() -> None:
+    check_alike_resumed(True, Mock(join=lambda own: own * 2))
+    with pytest.raises(UserError, match="some machines were given --resume and others were not"):
+        check_alike_resumed(True, Mock(join=lambda own: [*own, False]))
+
+
 def test_machines_that_train_on_other_settings_or_files_are_told() -> None:
     """Their replicas would go apart without a word."""
     config = Config(run_dir="here", threads=1)
@@ -333,7 +356,7 @@ def test_all_ranks_stop_when_one_is_killed_and_the_launcher_says_which(victim: s
         assert launcher.returncode == 1
         last = said.splitlines()[-1]
         assert last.startswith("error: rank 1 was killed by SIGKILL"), said
-        assert "--resume" in last
+        assert last.endswith("; --resume continues from the last checkpoint, if there is one yet")
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
 
 
@@ -383,6 +406,23 @@ def test_a_rank_that_fails_ends_though_a_thread_of_it_waits(error: str, code: in
     assert json.loads((tmp_path / "error").read_text())["code"] == code
     assert bool(ended.stderr) != quiet
     assert ("Traceback" in ended.stderr) == (code == 1 and not quiet)
+
+
+def test_what_gloo_says_of_a_rank_that_is_gone_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it ran on another machine, no launcher here knows why."""
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:26313.")
+    assert cli._verdict(error) == ("", 1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli._verdict(error)[0].startswith("error: another process of the run has ended, and says why where it was")
+
+
+def test_a_failed_write_is_told_by_a_rank_that_finds_the_folder_gone(tmp_path: Path) -> None:
+    """Rank 0 removes it, and all have what any of them met."""
+    failed = CheckpointException("save", {1: (OSError(errno.EFBIG, "too large"), StackSummary())})
+    with pytest.raises(OSError, match="too large") as error, checkpoint._plain_errors(tmp_path / "gone" / "trainer"):
+        raise failed
+    assert cli._verdict(error.value)[0].startswith("error: a file grew beyond what this system allows (ulimit -f)")
 
 
 @pytest.mark.parametrize(

@@ -298,9 +298,19 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage: str, who
     run = Path(shutil.copytree(whole("rl"), tmp_path / "run"))
     newest, before = checkpoint.folders(run)
     spoil(newest, damage)
-    assert checkpoint.latest(run) == before
-    main(["--resume", str(run)])
+    said = f"files of {newest.name} are damaged or gone; {before.name} is taken"
+    with pytest.warns(UserWarning, match=said):
+        assert checkpoint.latest(run) == before
+    with pytest.warns(UserWarning, match=said):
+        main(["--resume", str(run)])
     assert_equal(run, whole("rl"))
+
+
+def test_a_copy_of_a_checkpoint_kept_beside_them_is_none_of_the_runs(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    for name in ("step-000002", "step-000002-best", "step-best", "step-000010"):
+        (root / name).mkdir(parents=True)
+    assert [folder.name for folder in checkpoint.folders(tmp_path)] == ["step-000010", "step-000002"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(warm: Warm, whole: Whole, tmp_path: Path) -> None:
