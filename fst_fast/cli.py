@@ -83,6 +83,8 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     ranks = _rank_count(known.ranks)
+    if planning and ranks:
+        raise UserError(f"ranks = {ranks}: a plan is of --plan.gpus, a process each")
     if any(word.startswith("--resume") for word in argv):
         defaults = (known.preset, known.mode, known.config_file, getattr(known, "model.path"))
         if planning or others or any(defaults) or not known.resume:

@@ -24,11 +24,7 @@ class Appender:
         self._file: io.FileIO | None = None
         if dry:
             return
-        if offset and not _line_ends_at(path, offset):
-            raise UserError(
-                f"{path} is not the file this checkpoint knew: no line of it ends at byte {offset}; put the file back, "
-                "or start again in another run_dir"
-            )
+        check_line_ends(path, offset)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
         self._file.truncate(offset)
@@ -66,12 +62,18 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
-def _line_ends_at(path: Path, offset: int) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        file.seek(offset - 1)
-        return file.read(1) == b"\n"
+def check_line_ends(path: Path, offset: int) -> None:
+    """UserError when no line of the file ends at byte `offset`; 0: it need not be there."""
+    end = b""
+    if offset and path.is_file():
+        with open(path, "rb") as file:
+            file.seek(offset - 1)
+            end = file.read(1)
+    if offset and end != b"\n":
+        raise UserError(
+            f"{path} is not the file this checkpoint knew: no line of it ends at byte {offset}; put the file back, "
+            "or start again in another run_dir"
+        )
 
 
 def sync_directory(path: Path) -> None:

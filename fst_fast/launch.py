@@ -54,6 +54,7 @@ def launch(count: int, argv: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said below
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault(SHUTDOWN, "5")
+    os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a worker that a signal kills shows where it was
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -21,7 +21,7 @@ from fst_fast.errors import UserError
 from fst_fast.fast.reflectors import make_reflectors
 from fst_fast.memory import FRAGMENTS, GIB, Layout, Part, host_parts, kv_room, parts, peak
 from fst_fast.model import GLYPH_BASE
-from fst_fast.rates import Hardware, Lengths, Roofline, kind_of, read_table
+from fst_fast.rates import TABLE, Hardware, Lengths, Roofline, kind_of, read_table
 from fst_fast.shape import Shape, read_shape
 from fst_fast.tasks import PUBLISHED, task_maker
 from fst_fast.tasks.mixture import tasks_in
@@ -75,7 +75,7 @@ def target_of(config: Config, options: PlanOptions) -> Target:
     """UserError for a device or a model that is none."""
     table, kind = read_table(), options.gpu or ("cpu" if config.model.device == "cpu" else _this_machine())
     if kind not in table:
-        raise UserError(f"plan.gpu = {kind!r}: rates are known of {', '.join(table)}; rates.json takes more")
+        raise UserError(f"plan.gpu = {kind!r}: rates are known of {', '.join(table)}; {TABLE} takes more")
     if options.model:
         shape = read_shape(options.model, field="plan.model")
     else:

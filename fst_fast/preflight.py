@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from fst_fast.config import Config, flat
 from fst_fast.errors import UserError
+from fst_fast.files import check_line_ends
 from fst_fast.ranks import Ranks
+
+# by the names that their lengths have in a checkpoint
+LOGS = {"metrics": "metrics.jsonl", "population": "population.jsonl", "rollouts": "rollouts/rollouts.jsonl"}
 
 
 def check_empty(run_dir: Path, *, resume: bool) -> None:
@@ -18,6 +22,12 @@ def check_empty(run_dir: Path, *, resume: bool) -> None:
     if not resume and run_dir.exists() and any(not p.name.startswith(".") for p in run_dir.iterdir()):
         resume_it = f"--resume {shlex.quote(str(run_dir))}"
         raise UserError(f"run_dir: {run_dir} is not empty; choose another, or continue it with {resume_it}")
+
+
+def check_logs(run_dir: Path, offsets: Mapping[str, int]) -> None:
+    """UserError unless every append-only file has what the checkpoint knew of it: before the first is cut back."""
+    for name, path in LOGS.items():
+        check_line_ends(run_dir / path, offsets.get(name, 0))
 
 
 def check_shared(run_dir: Path, ranks: Ranks) -> None:

@@ -35,7 +35,7 @@ from fst_fast.fast.reflectors import make_reflectors
 from fst_fast.files import Appender, write_atomic
 from fst_fast.meter import Meter, mfu, sampling_work
 from fst_fast.model import Model, load_model
-from fst_fast.preflight import check_alike, check_alike_resumed, check_empty, check_shared
+from fst_fast.preflight import check_alike, check_alike_resumed, check_empty, check_logs, check_shared
 from fst_fast.ranks import ALONE, Ranks
 from fst_fast.rates import peak_flops
 from fst_fast.records import Answer, Problem, Prompt, Rollout, SamplingParams
@@ -139,6 +139,7 @@ class Trainer:
             if self.ranks.main:
                 print(f"{run_dir} is complete: nothing is left to do")
             return nullcontext()
+        self.ranks.first(lambda: check_logs(run_dir, offsets))
         self.ranks.first(lambda: write_atomic(run_dir / "config.toml", to_toml(config).encode()))
         at = offsets.get
         steps, step = self.stages[-1].end, self.state.step

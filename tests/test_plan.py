@@ -207,6 +207,7 @@ def test_qwen3_8b_on_eight_gpus_is_given_a_configuration_that_fits(capsys: pytes
         (["--plan.gpus", "1"], "--plan.gpus"),
         (["--plan.gpus", "0"], "plan.gpus = 0: must be greater than or equal to 1"),
         (["--plan.node", "0"], "plan.node = 0: must be"),
+        (["--ranks", "4"], "ranks = 4: a plan is of --plan.gpus, a process each"),
         (["--plan.gpus", "12"], "plan.gpus = 12: machines of plan.node = 8 have as many processes each; use a mult"),
         (["--plan.live", "nan"], "plan.live = nan: must be"),
         (["--plan.live", "-1"], "plan.live = -1.0: must be"),

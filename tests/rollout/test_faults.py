@@ -183,7 +183,7 @@ def test_a_store_damaged_before_the_checkpoint_is_refused_in_a_sentence(
     run = Path(copytree(killed, tmp_path / "run"))
     store = run / "rollouts" / "rollouts.jsonl"
     store.write_bytes(damage(store.read_bytes(), kept(run)))
-    before = store.read_bytes()
+    before, others = store.read_bytes(), {name: (run / name).read_bytes() for name in ("metrics.jsonl", "config.toml")}
     monkeypatch.setattr(sys, "argv", ["train", "--resume", str(run)])
     with pytest.raises(SystemExit) as end:
         cli.run(train.main)
@@ -191,3 +191,5 @@ def test_a_store_damaged_before_the_checkpoint_is_refused_in_a_sentence(
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.search(sentence, said), said
     assert store.read_bytes().startswith(before[: kept(run) - 200])
+    if "no line" in sentence:  # known before anything is cut back
+        assert {name: (run / name).read_bytes() for name in others} == others
