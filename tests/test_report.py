@@ -17,11 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fst_fast import excerpts, report
-from fst_fast.excerpts import matrix, tree, word_diff
 from fst_fast.plots import COLORS, PANELS, draw, group_runs, plot_comparison, svg
 from fst_fast.report import write_report
 from fst_fast.runs import Run, read_run
@@ -448,23 +445,6 @@ def test_the_picture_for_the_readme_has_each_modes_own_colour(tmp_path: Path) ->
     assert [mode for mode in COLORS if rgb[mode] in drawn] == ["fst", "rl"]
 
 
-def test_the_matrix_tells_shared_wins_from_lone_ones_and_orders_problems_by_winner() -> None:
-    scores = [{"p": 1.0, "q": 1.0, "r": 0.0, "t": 0.0}, {"p": 1.0, "q": 0.0, "r": 0.5, "t": 0.0}, {"p": 0.0, "q": 0.0}]
-    shown = [{"id": str(i), "scores": of} for i, of in enumerate(scores)]
-    found = matrix(shown, {"members": shown}, {})
-    assert [row["cells"] for row in found["rows"]] == [
-        [(1.0, "alone", "q"), (1.0, "best", "p"), (0.0, "", "r"), (0.0, "", "t")],
-        [(0.0, "", "q"), (1.0, "best", "p"), (0.5, "alone", "r"), (0.0, "", "t")],
-        [(0.0, "", "q"), (0.0, "", "p"), (None, "", "r"), (None, "", "t")],
-    ]
-    assert [(row["best"], row["alone"]) for row in found["rows"]] == [(2, 1), (2, 1), (0, 0)]
-    assert [score for score, *_ in found["together"]] == [1.0, 1.0, 0.5, 0.0]
-    assert (found["problems"], found["solved"]) == (4, 3)
-    sliced = matrix(shown, {"members": shown}, {"p": "f-j", "q": "f-j", "r": "a-e", "t": "a-e"})
-    assert [x for *_, x in sliced["together"]] == ["r", "t", "q", "p"]
-    assert sliced["slices"] == [("a-e", 2), ("f-j", 2)]
-
-
 def test_each_run_s_best_prompt_stands_beside_the_others_with_its_descent(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"fst-{seed}", seed=seed, steps=20) for seed in (0, 1)]
     page = Page(write_report(runs, tmp_path / "both.html")).text
@@ -473,27 +453,6 @@ def test_each_run_s_best_prompt_stands_beside_the_others_with_its_descent(tmp_pa
     assert side.count("transform the letters.") >= 4  # each with the seed at its descent's end
     alone = Page(write_report(runs[:1], tmp_path / "one.html")).text
     assert "Which prompt wins on which problem" in alone
-
-
-def test_odd_parents_neither_hang_nor_hide_a_prompt() -> None:
-    parents = {"a": None, "b": "a", "c": "b", "d": "gone", "x": "y", "y": "x", "e": "a"}
-    rows = tree([{"id": name, "parent": parent} for name, parent in parents.items()])
-    assert [(depth, row["id"]) for depth, row in rows] == [
-        (0, "a"), (1, "b"), (2, "c"), (1, "e"), (0, "d"), (0, "y"), (1, "x")
-    ]  # fmt: skip
-
-
-@given(st.text("ab .\n", max_size=40), st.text("ab .\n", max_size=40))
-def test_a_word_diff_holds_both_texts(old: str, new: str) -> None:
-    parts = word_diff(old, new, 1000)
-    assert "".join(text for op, text in parts if op != "del") == new
-    assert "".join(text for op, text in parts if op != "ins").split() == old.split()
-
-
-def test_a_word_diff_keeps_words_whole() -> None:
-    assert word_diff("Answer. Be brief.", "First think. Answer.", 100) == (
-        ("ins", "First think."), ("same", " Answer."), ("del", " Be brief.")
-    )  # fmt: skip
 
 
 def test_the_command_writes_the_page_and_says_where_or_what_is_wrong(tmp_path: Path) -> None:
