@@ -7,6 +7,7 @@ import contextlib
 import errno
 import inspect
 import os
+import select
 import signal
 import sys
 import threading
@@ -189,6 +190,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         sentence, code = _verdict(error)
         if launched():
             _leave(error, sentence, code)
+        if isinstance(error, BrokenPipeError) and _unread():
+            sys.exit(128 + signal.SIGPIPE)
         if not sentence:
             raise
         if isinstance(error, EngineError):
@@ -208,6 +211,16 @@ def _leave(error: BaseException, sentence: str, code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _unread() -> bool:
+    """Whether nobody reads what is printed any more, as behind `| head`. The interpreter, which flushes once more, is
+    then quiet."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if gone := bool(poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _verdict(error: BaseException) -> tuple[str, int]:

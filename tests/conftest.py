@@ -1,12 +1,15 @@
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
-from hypothesis import settings
 
-settings.register_profile("any speed", deadline=None)  # of a busy machine, too
-settings.load_profile("any speed")
+with suppress(ImportError):  # the environment of vLLM has none
+    from hypothesis import settings
+
+    settings.register_profile("any speed", deadline=None)  # of a busy machine, too
+    settings.load_profile("any speed")
 torch.set_num_threads(1)  # the models are tiny, and the machine's other core has work of its own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest in the background has it ignored
 

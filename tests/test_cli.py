@@ -79,3 +79,20 @@ def test_help_that_nobody_reads_to_its_end_is_no_error() -> None:
         command = [sys.executable, "-m", "fst_fast.train", "--help"]
         ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE)
     assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("error", ["", "raise BrokenPipeError('an engine')"])
+def test_who_stops_reading_is_no_error_of_the_command_but_other_broken_pipes_are(error: str) -> None:
+    """`python -m fst_fast.evaluate RUN | head`."""
+    work = error or "print(1, flush=True)"
+    program = f"from fst_fast.cli import run\ndef main(argv):\n    input()\n    {work}\nrun(main)"
+    out = None if error else subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=out, stderr=subprocess.PIPE, text=True
+    )
+    if process.stdout:
+        process.stdout.close()
+    said = process.communicate("begin\n")[1]
+    assert process.returncode == (1 if error else 128 + signal.SIGPIPE)
+    assert said.endswith("BrokenPipeError: an engine\n" if error else "")
+    assert bool(said) == bool(error)
