@@ -342,6 +342,7 @@ def test_all_ranks_stop_when_one_is_killed_and_the_launcher_says_which(victim: s
             time.sleep(0.1)
         pids = ranks_of(launcher.pid)
         assert pids.keys() == {0, 1}, launcher.communicate()
+        assert b"PYTHONFAULTHANDLER=1" in Path(f"/proc/{pids[1]}/environ").read_bytes()  # a crash shows where it was
         if victim.startswith("launcher"):  # as the system does when memory runs out
             launcher.kill()
             try:

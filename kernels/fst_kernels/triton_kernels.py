@@ -47,7 +47,7 @@ def _read(logits, bias, at, width, V):
 
 @triton.jit
 def _divide(z, c):
-    """z / c rounded to nearest for |z| above 1e-30 (below to 1 ulp) and c above 3e-39; ±inf and NaN as in z / c."""
+    """z / c as `divide` of row_cluster.cu: to nearest for |z| > 1e-30 and c > 3e-39; ±inf and NaN stay."""
     inverse = tl.div_rn(1.0, c)
     q = z * inverse
     better = tl.fma(tl.fma(-q, c, z), inverse, q)

@@ -380,6 +380,8 @@ def test_the_other_functions_reject_what_does_not_fit(make_problem: Fixture) -> 
         kl_estimate(p.advantages, p.advantages, "k4")
     with pytest.raises(ValueError, match="logits must be"):
         token_logprobs(p.advantages, p.targets)
+    with pytest.raises(ValueError, match=r"V ≥ 1 .* got \[96, 0\]"):
+        token_logprobs(p.hidden[:, :0], p.targets)
     with pytest.raises(ValueError, match="backend='triton'"):
         linear_token_logprobs(p.hidden, p.weight, p.targets, backend="triton")
 
