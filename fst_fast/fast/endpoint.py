@@ -17,6 +17,7 @@ from fst_fast.fast.reflection import Reflection, ReflectionRequest, ReflectionUs
 from fst_fast.fast.template import Pose, instruction, parse
 
 LARGEST_ANSWER = 4 * 2**20  # bytes of a response body
+MOST_TOKENS = 10**9  # of a call, beyond which its count is nonsense
 _BACK_OFF = 8.0  # seconds: the openai client waits up to this between two tries
 
 
@@ -94,7 +95,7 @@ class Endpoint:
                     f"reflector: {self.label} cannot be reached, check reflector.base_url ({self._redacted(why)})"
                 ) from None
             return self._failed(error)
-        except (openai.OpenAIError, TimeoutError, ValueError) as error:
+        except Exception as error:  # of whatever kind: a redirect to an impossible port raises a group of them
             return self._failed(error)
 
     async def _post(self, client: openai.AsyncOpenAI, text: str) -> bytes:
@@ -161,7 +162,7 @@ class _Completion(BaseModel):
     def tokens(self, name: str) -> int:
         """A count of `usage`, 0 when it is missing or nonsense."""
         count = self.usage.get(name) if isinstance(self.usage, dict) else None
-        return count if isinstance(count, int) and count > 0 else 0
+        return count if isinstance(count, int) and 0 < count < MOST_TOKENS else 0
 
 
 def _key(config: ReflectorConfig) -> str:

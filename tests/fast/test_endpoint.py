@@ -138,6 +138,7 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "null usage": usage_is(None),
     "strange usage": usage_is({"prompt_tokens": "many", "completion_tokens": -5, "total_tokens": []}),
     "listed usage": usage_is([1, 2]),
+    "huge usage": usage_is({"prompt_tokens": 10**400, "completion_tokens": 10**300}),
     "half usage": usage_is({"prompt_tokens": 100, "completion_tokens": None}),
     # bad for ever
     "late": lambda h, _: h.hang(),
@@ -169,6 +170,7 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "cut off": lambda h, _: h.say("```\nhalf a pro", finish_reason="length"),
     "redirected nowhere": lambda h, _: h.reply(b"", 307, Location="http://127.0.0.1:1/"),
     "redirected badly": lambda h, _: h.reply(b"", 307, Location="http://[bad"),
+    "redirected to no port": lambda h, _: h.reply(b"", 307, Location="http://127.0.0.1:99999999/"),
     "redirected round": lambda h, _: h.reply(b"", 307, Location="/v1/chat/completions"),
     "unknown model": lambda h, _: h.reply(b'{"error": {"message": "no such model"}}', 404),
     "wrong key": lambda h, _: h.reply(json.dumps({"error": {"message": f"wrong key {KEY}"}}).encode(), 401),
@@ -260,7 +262,14 @@ def test_an_address_where_nothing_listens_ends_a_run_that_never_had_an_edit_and_
 
 @pytest.mark.parametrize(
     ("name", "prompt_tokens"),
-    [("no usage", 0), ("null usage", 0), ("strange usage", 0), ("listed usage", 0), ("half usage", 100)],
+    [
+        ("no usage", 0),
+        ("null usage", 0),
+        ("strange usage", 0),
+        ("listed usage", 0),
+        ("huge usage", 0),
+        ("half usage", 100),
+    ],
 )
 def test_a_missing_or_strange_usage_counts_as_none_and_the_answer_stands(
     server: Server, name: str, prompt_tokens: int
