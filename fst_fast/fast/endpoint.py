@@ -129,6 +129,8 @@ class Endpoint:
         choice = answer.choices[0]
         if choice.finish_reason == "length":
             reflection = Reflection(None, f"cut off at reflector.max_new_tokens = {self.config.max_new_tokens}")
+        elif choice.finish_reason == "content_filter":
+            reflection = Reflection(None, "cut off by the endpoint's content filter")
         else:
             reflection = parse(choice.message.content or "")
         prompt_tokens, completion_tokens = answer.tokens("prompt_tokens"), answer.tokens("completion_tokens")

@@ -168,6 +168,7 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "empty block": lambda h, _: h.say("Here:\n```\n```"),
     "control characters": lambda h, _: h.say("\x00\x07"),
     "cut off": lambda h, _: h.say("```\nhalf a pro", finish_reason="length"),
+    "filtered": lambda h, _: h.say("```\nhalf a pro", finish_reason="content_filter"),
     "redirected nowhere": lambda h, _: h.reply(b"", 307, Location="http://127.0.0.1:1/"),
     "redirected badly": lambda h, _: h.reply(b"", 307, Location="http://[bad"),
     "redirected to no port": lambda h, _: h.reply(b"", 307, Location="http://127.0.0.1:99999999/"),
