@@ -68,7 +68,12 @@ class Endpoint:
     async def _ask_all(self, texts: Sequence[str]) -> list[tuple[Reflection, ReflectionUsage]]:
         gate = asyncio.Semaphore(self.config.concurrency)
         async with openai.AsyncOpenAI(
-            base_url=self.url, api_key=self._key, timeout=self.config.timeout, max_retries=self.config.retries
+            base_url=self.url,
+            api_key=self._key,
+            timeout=self.config.timeout,
+            max_retries=self.config.retries,
+            default_headers={"Accept-Encoding": "identity"},  # what is packed does not show how long it is
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_read_bounded]}),
         ) as client:
             return await asyncio.gather(*(self._ask(client, gate, text) for text in texts))
 
@@ -122,8 +127,6 @@ class Endpoint:
             return body
 
     def _read(self, body: bytes) -> tuple[Reflection, ReflectionUsage]:
-        if len(body) > LARGEST_ANSWER:
-            raise ValueError(f"an answer of {len(body)} bytes")
         answer = _Completion.model_validate_json(body)
         self._heard = True
         choice = answer.choices[0]
@@ -144,6 +147,16 @@ class Endpoint:
     def _redacted(self, error: BaseException) -> str:
         """What the endpoint says may quote the key."""
         return str(error).replace(self._key, "[key]")
+
+
+async def _read_bounded(response: Any) -> None:
+    """Reads an httpx response, an error's too, before the client does: that would read, and unpack, without an end."""
+    body = b""
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > LARGEST_ANSWER:
+            raise ValueError(f"an answer of more than {LARGEST_ANSWER} bytes")
+    response._content = body
 
 
 class _Message(BaseModel):

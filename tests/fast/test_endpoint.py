@@ -101,6 +101,13 @@ def dribble(handler: Handler, _: int) -> None:
         handler.wfile.flush()
 
 
+def endless(handler: Handler, _: int) -> None:
+    handler.send_response(500 if handler.server.tries["endless error"] else 200)
+    handler.end_headers()
+    while not handler.server.closing.is_set():
+        handler.wfile.write(b" " * 2**20)
+
+
 def usage_is(usage: Any) -> Callable[[Handler, int], None]:
     answer = {"choices": [{"message": {"content": "```\nnew\n```"}}]} | ({"usage": usage} if usage != "missing" else {})
     return lambda handler, _: handler.reply(json.dumps(answer).encode())
@@ -157,6 +164,7 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "not gzip": lambda h, _: h.reply(b"plain", Content_Encoding="gzip"),
     "deep": lambda h, _: h.reply(DEEP),
     "gzip bomb": lambda h, _: h.reply(gzip.compress(b" " * 6 * 2**20), Content_Encoding="gzip"),
+    "endless": endless,
     "5 MB": lambda h, _: h.say("x" * 5_000_000),
     "wrong type": lambda h, _: h.reply(b"[1, 2]"),
     "no choices": lambda h, _: h.reply(b"{}"),
@@ -173,10 +181,11 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "redirected badly": lambda h, _: h.reply(b"", 307, Location="http://[bad"),
     "redirected to no port": lambda h, _: h.reply(b"", 307, Location="http://127.0.0.1:99999999/"),
     "redirected round": lambda h, _: h.reply(b"", 307, Location="/v1/chat/completions"),
+    "endless error": endless,
     "unknown model": lambda h, _: h.reply(b'{"error": {"message": "no such model"}}', 404),
     "wrong key": lambda h, _: h.reply(json.dumps({"error": {"message": f"wrong key {KEY}"}}).encode(), 401),
 }
-FAULTS = list(SCRIPTS)[list(SCRIPTS).index("late") : list(SCRIPTS).index("unknown model")]
+FAULTS = list(SCRIPTS)[list(SCRIPTS).index("late") : list(SCRIPTS).index("endless error")]
 
 
 @pytest.fixture
@@ -212,6 +221,7 @@ def test_a_good_answer_is_read_and_its_tokens_and_dollars_counted(server: Server
     ((path, headers, body),) = server.received
     assert path == "/v1/chat/completions"
     assert headers["authorization"] == f"Bearer {KEY}"
+    assert headers["accept-encoding"] == "identity"
     assert (body["model"], body["max_completion_tokens"]) == ("m", 99)
     assert all(part in body["messages"][0]["content"] for part in ("the problem", "the answer", "the feedback"))
 
@@ -243,6 +253,13 @@ def test_every_lasting_fault_costs_its_own_proposal_and_nothing_else(server: Ser
     assert server.tries["errors"] == server.tries["rate limited"] == 2
     assert server.tries["invalid JSON"] == server.tries["bad request"] == 1
     assert "max_new_tokens = 2048" in answers["cut off"].note
+
+
+@pytest.mark.parametrize("name", ["endless", "endless error"])
+def test_no_more_of_an_answer_is_read_than_one_may_have(server: Server, name: str) -> None:
+    openai = reflector(server, timeout=20.0, retries=0)
+    assert openai.reflect(requests("good"))[0].text
+    assert openai.reflect(requests(name))[0].note == "ValueError: an answer of more than 4194304 bytes"
 
 
 def test_html_comes_through_as_data(server: Server) -> None:
