@@ -43,7 +43,7 @@ class Endpoint:
     def __init__(self, config: ReflectorConfig):
         self.config, self._key = config, _key(config)
         url = config.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        if not _is_url(url):
             raise UserError(f"reflector.base_url = {url!r}: must be a URL like http://localhost:8000/v1")
         self.url = url
         self.label = f"{config.model} at {urlsplit(url).hostname}"
@@ -147,6 +147,14 @@ class Endpoint:
     def _redacted(self, error: BaseException) -> str:
         """What the endpoint says may quote the key."""
         return str(error).replace(self._key, "[key]")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname and parts.port != 0) and text.isprintable()
+    except ValueError:  # of brackets, or of a port that is none
+        return False
 
 
 async def _read_bounded(response: Any) -> None:

@@ -59,7 +59,19 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(no_keys: 
     assert "sécret" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http:///v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://host/v1",
+        "http://",
+        "http:///v1",
+        "http://[x",
+        "http://h:port/",
+        "http://h:99999/",
+        "http://h/\n",
+    ],
+)
 def test_a_base_url_that_is_none_is_refused(no_keys: pytest.MonkeyPatch, url: str) -> None:
     with pytest.raises(UserError, match=r"reflector\.base_url = "):
         make_reflectors(OPENAI, ReflectorConfig(base_url=url), [TASK])
