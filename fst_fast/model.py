@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +77,7 @@ class Model:
         forward = inspect.signature(lm.base_model.forward).parameters
         self._cache_name = "cache" if "cache" in forward else "past_key_values"  # older transformers
         self._sanitizes = "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters
+        self._control = control_tokens(tokenizer)
         self._check_head()
 
     @property
@@ -126,11 +129,10 @@ class Model:
     def encode_chat(self, messages: list[Message]) -> tuple[int, ...]:
         """Token ids of the chat template, ready for the assistant's answer. Ids are the truth from here.
 
-        Contents are data: lone surrogates are replaced, and special tokens written in them stay plain text (where
-        transformers is new enough to know how). An empty system prompt is none; a template without a system role
-        (Gemma 2) gets it at the head of the user's message. What comes before the last message's content has the same
-        ids whatever that content is, so that requests under one system prompt share its KV blocks: a token that would
-        reach over this seam is split there.
+        Contents are data: lone surrogates are replaced, and special tokens written in them stay plain text. An empty
+        system prompt is none; a template without a system role (Gemma 2) gets it at the head of the user's message.
+        What comes before the last message's content has the same ids whatever that content is, so that requests under
+        one system prompt share its KV blocks: a token that would reach over this seam is split there.
         """
         ids = self._apply_template(messages)
         key = tuple((m["role"], m["content"]) for m in messages[:-1])
@@ -176,9 +178,14 @@ class Model:
         if self._folds_system and clean[0]["role"] == "system":
             system, user, *rest = clean
             clean = [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
-        kwargs = self._template_kwargs | ({"sanitize_control_tokens": True} if self._sanitizes else {})
-        encoded = self.tokenizer.apply_chat_template(clean, add_generation_prompt=True, return_dict=True, **kwargs)
-        return tuple(encoded["input_ids"])
+        apply = partial(
+            self.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True, **self._template_kwargs
+        )
+        if self._sanitizes:  # transformers 5.20 and newer
+            with suppress(ValueError):  # a Unigram model has the token in its vocabulary, and makes it of plain text
+                return tuple(apply(clean, sanitize_control_tokens=True)["input_ids"])
+        split = [m | {"content": self._control.sub(lambda t: "\u200b".join(t[0]), m["content"])} for m in clean]
+        return tuple(apply(split)["input_ids"])
 
     def check_template(self) -> None:
         """Whether the chat template takes a system prompt, or can do without. UserError when it takes neither.
@@ -304,6 +311,14 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
     if kwargs:
         _check_thinking(model, thinking)
     return model
+
+
+def control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """What a text could forge a turn with: special tokens, and added ones that a template writes, such as </think>."""
+    template = tokenizer.get_chat_template()
+    added = [t for t in tokenizer.added_tokens_decoder.values() if t.special or t.content in template]
+    longest_first = sorted((t.content for t in added if not t.content.isspace()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _check_thinking(model: Model, thinking: str) -> None:
