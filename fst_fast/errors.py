@@ -1,6 +1,7 @@
 """The exceptions that the command line turns into a sentence."""
 
 import signal
+import unicodedata
 from typing import NoReturn
 
 
@@ -26,3 +27,10 @@ def quoted(value: object, limit: int = 80) -> str:
     """`repr(value)` for a sentence, in at most `limit` characters: what is left out is an ellipsis before the end."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 2]}…{text[-1]}"
+
+
+def visible(text: str) -> str:
+    """`text` that is safe on any terminal: control and direction characters and lone surrogates are replaced, but for
+    line ends and tabs."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join("�" if unicodedata.category(c) in hidden and c not in "\n\t" else c for c in text)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, visible
 from fst_fast.ranks import LAUNCHER, launched
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def _sentence(rank: int, failure: ProcessFailure) -> tuple[str, int]:
 
 
 def say(text: str, code: int) -> int:
-    """Prints `text` as the last word of a process that ends with `code`."""
-    print(text.encode("utf-8", "replace").decode(), file=sys.stderr)
+    """Prints `text`, which may quote what a server, a file or a verifier said, as the last word of a process that ends
+    with `code`."""
+    print(visible(text), file=sys.stderr)
     return code

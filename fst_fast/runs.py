@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import tomllib
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -255,6 +254,5 @@ def count(value: float) -> str:
 
 def plain(text: str, limit: int) -> str:
     """One line that is safe on any terminal: no control or direction characters, at most `limit` characters."""
-    text = " ".join(text[: 4 * limit].split())
-    text = "".join("�" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
+    text = visible(" ".join(text[: 4 * limit].split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"

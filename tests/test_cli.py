@@ -11,6 +11,7 @@ import pytest
 from fst_fast.cli import PlanCommand, config_from, parse_train
 from fst_fast.config import PRESETS, without_effect
 from fst_fast.errors import UserError
+from fst_fast.launch import say
 from fst_fast.plan import lines as plan_lines
 
 
@@ -96,3 +97,8 @@ def test_who_stops_reading_is_no_error_of_the_command_but_other_broken_pipes_are
     assert process.returncode == (1 if error else 128 + signal.SIGPIPE)
     assert said.endswith("BrokenPipeError: an engine\n" if error else "")
     assert bool(said) == bool(error)
+
+
+def test_what_an_error_quotes_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert say("error: \x1b]0;title\x07 \x9b2J \u202e\u2028 \udcff, é\n\tof two lines", 2) == 2
+    assert capsys.readouterr().err == "error: �]0;title� �2J �� �, é\n\tof two lines\n"

@@ -90,14 +90,14 @@ class Endpoint:
             if not self._heard:
                 raise UserError(
                     f"reflector: {self.label} refuses the key in {self.config.api_key_env} or the model, check "
-                    f"reflector.base_url, reflector.model and the key ({self._redacted(error)})"
+                    f"reflector.base_url, reflector.model and the key ({quoted(self._redacted(error), 300)})"
                 ) from None
             return self._failed(error)
         except openai.APIConnectionError as error:
             why = error.__cause__ or error
             if not self._heard and type(why).__name__ == "ConnectError":
                 raise UserError(
-                    f"reflector: {self.label} cannot be reached, check reflector.base_url ({self._redacted(why)})"
+                    f"reflector: {self.label} cannot be reached, check reflector.base_url ({self._redacted(why):.300})"
                 ) from None
             return self._failed(error)
         except Exception as error:  # of whatever kind: a redirect to an impossible port raises a group of them

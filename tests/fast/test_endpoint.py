@@ -183,7 +183,9 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "redirected round": lambda h, _: h.reply(b"", 307, Location="/v1/chat/completions"),
     "endless error": endless,
     "unknown model": lambda h, _: h.reply(b'{"error": {"message": "no such model"}}', 404),
-    "wrong key": lambda h, _: h.reply(json.dumps({"error": {"message": f"wrong key {KEY}"}}).encode(), 401),
+    "wrong key": lambda h, _: h.reply(
+        json.dumps({"error": {"message": f"wrong key {KEY}\n{HTML * 99}"}}).encode(), 401
+    ),
 }
 FAULTS = list(SCRIPTS)[list(SCRIPTS).index("late") : list(SCRIPTS).index("endless error")]
 
@@ -309,6 +311,8 @@ def test_an_endpoint_that_refuses_from_the_start_is_a_user_error_without_the_key
     with pytest.raises(UserError, match=r"reflector\.base_url.*reflector\.model") as refusal:
         reflector(server).reflect(requests(name, name))
     assert KEY not in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 600
 
 
 @pytest.mark.parametrize("name", ["bad request", "errors", "HTML page", "wrong type", "empty body", "late", "resets"])
