@@ -113,7 +113,9 @@ class JsonlTask:
 
 def _field(row: Mapping[str, Any], name: str, option: str, where: str) -> Any:
     if name not in row:
-        raise UserError(f"{where}: there is no field '{name}', only {sorted(row)}; add it or set {option}.")
+        raise UserError(
+            f"{where}: there is no field '{name}', only {quoted(sorted(row), 200)}; add it or set {option}."
+        )
     return row[name]
 
 

@@ -66,7 +66,8 @@ class Exact:
         """The answer is a text or a number."""
         if self.answer_field not in row:
             raise UserError(
-                f"there is no field '{self.answer_field}', only {sorted(row)}; add it or set jsonl.answer_field."
+                f"there is no field '{self.answer_field}', only {quoted(sorted(row), 200)}; add it or set "
+                "jsonl.answer_field."
             )
         value = row[self.answer_field]
         if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value).strip():

@@ -172,6 +172,8 @@ GOOD = {"problem": "p", "answer": "a"}
         ([GOOD, "[1, 2]"], {}, r"^[^(]*line 2: \[1, 2\] is a list, not an object; write it as"),
         (["null"], {}, "line 1: None is a NoneType, not an object"),
         ([GOOD, {"question": "?"}], {}, r"there is no field 'problem', only \['question'\]; .*jsonl\.problem_field"),
+        ([{"k" * 10_000: 1}], {}, r"there is no field 'problem', only \['kkkk.*…\]; add it"),
+        ([{"problem": "p", "k" * 10_000: 1}], {}, r"there is no field 'answer', only \['kkkk.*…\]; add it"),
         ([{"problem": "p"}], {}, r"line 1: there is no field 'answer', only \['problem'\]; .*jsonl\.answer_field"),
         ([{"problem": 3, "answer": "a"}], {}, "line 1: field 'problem' is 3; it must be a text"),
         ([{"problem": " ", "answer": "a"}], {}, "field 'problem' is ' '; it must be a text"),
