@@ -6,13 +6,16 @@ import importlib
 import inspect
 import math
 import re
+import sys
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from fst_fast.errors import UserError, quoted
 from fst_fast.records import Verdict
-from fst_fast.tasks.math_check import MathChecker
+from fst_fast.tasks.math_check import PATIENCE, MathChecker
+from fst_fast.tasks.workers import Workers
 
 Row = Mapping[str, Any]  # one problem's JSON object
 KNOWN = "exact, numeric, regex, math or python:MODULE:FUNCTION"
@@ -113,7 +116,14 @@ class Numeric(Exact):
 class Regex(Exact):
     """The pattern is found somewhere in the response; ^ and $ anchor it to the whole."""
 
-    LONGEST = 10_000  # characters of a response that are searched: a pattern can be slow, and cannot be interrupted
+    LONGEST = 10_000  # characters of a response that are searched
+    SECONDS = 2.0  # of CPU time for a search, after which nothing is found
+
+    def __init__(self, answer_field: str):
+        super().__init__(answer_field)
+        script = str(Path(__file__).with_name("regex_serve.py"))
+        # -P: its folder is no place to import from; -W: `check` has told of the pattern already
+        self._workers = Workers("regex", lambda: [sys.executable, "-P", "-W", "ignore", script])
 
     def check(self, row: Row) -> None:
         super().check(row)
@@ -125,7 +135,11 @@ class Regex(Exact):
             ) from None
 
     def __call__(self, row: Row, response: str) -> Verdict:
-        if re.search(self.answer(row), response.strip()[-self.LONGEST :]):
+        question = [self.SECONDS, self.answer(row), response.strip()[-self.LONGEST :]]
+        found = self._workers.ask(question, PATIENCE * self.SECONDS)
+        if found is None:
+            return Verdict(0.0, f"the search for the pattern {self.answer(row)} was given up, it takes too long")
+        if found:
             return Verdict(1.0, "correct.")
         return Verdict(0.0, f"the response does not match the pattern {self.answer(row)}")
 

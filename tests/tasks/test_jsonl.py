@@ -25,6 +25,7 @@ HOSTILE = [
     "", "\x00", "\ud800", "answer:" * 10**5, "9" * 10**6, "1," * 10**5, "\n" * 10**6, "(" * 10**5, "\\frac{" * 10**4,
     "$" * 10**5, "٣", "1e999999999", "nan", "-inf", "\\boxed{", "-" * 10**5, "𝟟",
 ]  # fmt: skip
+QUICK = (Exact("answer"), Numeric("answer", 1e-6), Regex("answer"))
 
 
 @pytest.fixture
@@ -261,15 +262,24 @@ def test_verifiers_tell_right_from_wrong(verifier: Verifier, answer: Any, right:
 
 @pytest.mark.parametrize("response", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_is_wrong_and_never_raised_on(response: str) -> None:
-    for verifier in (Exact("answer"), Numeric("answer", 1e-6), Regex("answer")):
+    for verifier in QUICK:
         verdict = verifier({"answer": "7"}, response)
         assert verdict.reward == 0
         assert len(verdict.feedback) < 400
 
 
+def test_a_pattern_that_takes_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Regex, "SECONDS", 0.2)
+    regex, slow = Regex("answer"), {"answer": "^(a+)+$"}
+    assert regex(slow, "aaa").reward == 1
+    verdict = regex(slow, "a" * 60 + "!")
+    assert (verdict.reward, "it takes too long" in verdict.feedback) == (0, True)
+    assert regex(slow, "aaa").reward == 1
+
+
 @given(st.text())
 def test_any_text_gets_a_verdict(response: str) -> None:
-    for verifier in (Exact("answer"), Numeric("answer", 1e-6), Regex("answer")):
+    for verifier in QUICK:
         assert verifier({"answer": "7"}, response).reward in (0.0, 1.0)
 
 
