@@ -334,9 +334,11 @@ def test_math_works_from_any_thread(math: Math) -> None:
     assert outcomes == [1.0] * 4
 
 
-def test_math_names_an_answer_without_mathematics(math: Math) -> None:
-    with pytest.raises(UserError, match="math-verify finds no mathematics"):
-        math({"answer": "$ $"}, "7")
+def test_an_answer_without_mathematics_is_named_before_the_run_and_never_ends_it(math: Math, write: Write) -> None:
+    for answer in ("$ $", "it is $x", "\\\\", "\\boxed{", "9" * 100_000):
+        with pytest.raises(UserError, match=r"line 2: field 'answer' is .*math-verify finds no mathematics"):
+            JsonlTask(write(GOOD, {"problem": "p", "answer": answer}), JsonlOptions(verifier="math"))
+        assert math({"answer": answer}, "7").reward == 0
 
 
 # -- the user's own function --------------------------------------------------------------------------------------
