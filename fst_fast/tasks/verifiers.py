@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import math
@@ -187,7 +188,8 @@ class UserFunction:
 
     def __call__(self, row: Row, response: str) -> Verdict:
         try:
-            result = self.function(dict(row), response)
+            with contextlib.chdir("."):  # and back: the run's paths may be relative
+                result = self.function(dict(row), response)
         except (Exception, SystemExit) as e:
             where = traceback.extract_tb(e.__traceback__)[:2][-1]  # in the function itself, where it got that far
             raise UserError(

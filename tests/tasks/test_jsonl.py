@@ -4,6 +4,7 @@ import json
 import random
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +423,18 @@ def test_what_a_users_function_raises_is_told_with_its_line_the_problem_and_the_
         own("raise ValueError('two\\nlines')")({"problem": "what?"}, "the response")
     with pytest.raises(UserError, match=r"cannot be imported: SyntaxError \(.*own_.*\.py, line 2\)"):
         own("return (")
+
+
+@pytest.mark.parametrize(
+    "body", ["import os; os.chdir('/'); return 1.0", "import os; os.chdir('/'); return problem['absent']"]
+)
+def test_a_users_function_that_changes_the_directory_takes_the_run_nowhere(
+    own: Callable[[str], Verifier], body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with suppress(UserError):
+        own(body)({"problem": "p"}, "yes")
+    assert Path.cwd() == tmp_path
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
