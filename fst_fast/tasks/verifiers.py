@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -189,7 +190,7 @@ class UserFunction:
     def __call__(self, row: Row, response: str) -> Verdict:
         try:
             with contextlib.chdir("."):  # and back: the run's paths may be relative
-                result = self.function(dict(row), response)
+                result = self.function(deepcopy(dict(row)), response)  # its to change: the next response has the same
         except (Exception, SystemExit) as e:
             where = traceback.extract_tb(e.__traceback__)[:2][-1]  # in the function itself, where it got that far
             raise UserError(

@@ -425,6 +425,12 @@ def test_what_a_users_function_raises_is_told_with_its_line_the_problem_and_the_
         own("return (")
 
 
+def test_a_users_function_that_uses_its_row_up_gets_it_whole_the_next_time(own: Callable[[str], Verifier]) -> None:
+    verify, row = own("return float(problem['cases'].pop() == response)"), {"problem": "p", "cases": ["a", "b"]}
+    assert [verify(row, "b").reward for _ in range(3)] == [1, 1, 1]
+    assert row["cases"] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     "body", ["import os; os.chdir('/'); return 1.0", "import os; os.chdir('/'); return problem['absent']"]
 )
