@@ -164,7 +164,6 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "not gzip": lambda h, _: h.reply(b"plain", Content_Encoding="gzip"),
     "deep": lambda h, _: h.reply(DEEP),
     "gzip bomb": lambda h, _: h.reply(gzip.compress(b" " * 6 * 2**20), Content_Encoding="gzip"),
-    "endless": endless,
     "5 MB": lambda h, _: h.say("x" * 5_000_000),
     "wrong type": lambda h, _: h.reply(b"[1, 2]"),
     "no choices": lambda h, _: h.reply(b"{}"),
@@ -181,13 +180,14 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "redirected badly": lambda h, _: h.reply(b"", 307, Location="http://[bad"),
     "redirected to no port": lambda h, _: h.reply(b"", 307, Location="http://127.0.0.1:99999999/"),
     "redirected round": lambda h, _: h.reply(b"", 307, Location="/v1/chat/completions"),
+    "endless": endless,
     "endless error": endless,
     "unknown model": lambda h, _: h.reply(b'{"error": {"message": "no such model"}}', 404),
     "wrong key": lambda h, _: h.reply(
         json.dumps({"error": {"message": f"wrong key {KEY}\n{HTML * 99}"}}).encode(), 401
     ),
 }
-FAULTS = list(SCRIPTS)[list(SCRIPTS).index("late") : list(SCRIPTS).index("endless error")]
+FAULTS = list(SCRIPTS)[list(SCRIPTS).index("late") : list(SCRIPTS).index("endless")]
 
 
 @pytest.fixture
