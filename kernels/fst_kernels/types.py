@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from .autograd import reject_forward_mode
 
@@ -29,6 +30,10 @@ class PolicyLoss:
     logprobs: Tensor | None = None  # (N,)
     entropy: Tensor | None = None  # (N,)
     kl: Tensor | None = None  # (N,) exact KL(policy‖ref); None without a reference
+
+
+for _record in (TokenLogprobs, PolicyLoss):  # DDP(static_graph=True) sums no gradient of what it cannot look into
+    register_dataclass(_record)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ if not dist.is_available():
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def _old_triton() -> bool:
@@ -225,6 +226,40 @@ def _rules_of_autograd(p: Any, hidden: Tensor, weight: Tensor) -> None:
                 assert torch.equal(*(x.full_tensor() if isinstance(x, DTensor) else x for x in (a, b)))
         with pytest.raises(RuntimeError, match="second time"):
             loss.backward()
+
+
+class Loss(nn.Module):
+    """A head whose forward pass returns one of our records, as a model's may."""
+
+    def __init__(self, weight: Tensor, record: str) -> None:
+        super().__init__()
+        self.weight, self.record = nn.Parameter(weight.detach().clone()), record
+
+    def forward(self, hidden: Tensor, *rows: Tensor) -> Any:
+        if self.record == "TokenLogprobs":
+            return linear_token_logprobs(hidden, self.weight, rows[0])
+        return linear_policy_loss(hidden, self.weight, *rows, weight_max=4.0)
+
+
+@in_a_rank
+@pytest.mark.parametrize("static_graph", [False, True])
+@pytest.mark.parametrize("record", ["PolicyLoss", "TokenLogprobs"])
+def test_ddp_averages_the_gradients_of_a_module_that_returns_a_record(
+    make_problem: Fixture, assert_close: Fixture, line: DeviceMesh, record: str, static_graph: bool
+) -> None:
+    p = make_problem(12, 4, 33)
+    rows = [x.detach() for x in (p.hidden, *p.rows)]
+
+    def gradient(module: Any, weight: Tensor, *rows: Tensor) -> Tensor:
+        out = module(*rows)
+        (out.loss if record == "PolicyLoss" else out.logprobs.mean()).backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    whole, part = Loss(p.weight, record), Loss(p.weight, record)
+    parallel = DistributedDataParallel(part, process_group=line.get_group(), static_graph=static_graph)
+    found = gradient(parallel, part.weight, *(_part(x) for x in rows))
+    assert_close(found, gradient(whole, whole.weight, *rows), absolute=0, relative=1e-5)
 
 
 # ---- vocabulary parallel: hidden is a DTensor, every rank multiplies its part of the head --------------------------
