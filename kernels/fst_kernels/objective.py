@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .types import arithmetic_dtype
+
 KINDS = ("cispo", "ppo", "reinforce")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 # log ρ is capped at 20 before exp, as in verl: ρ stays below 4.9e8, and no sum over tokens overflows fp32.
@@ -142,12 +144,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Ten
     With d = log π − log π_ref: k1 = d, k2 = d²/2, k3 = exp(−d) − 1 + d (Schulman 2020, joschu.net/blog/kl-approx.html).
     k1 and k3 are unbiased, k2 and k3 never negative. k3 clamps d to ±20 so that it stays finite.
 
-    Args: two tensors of one shape. Returns the same shape. Raises ValueError on an unknown kind or two shapes.
+    Args: two tensors of one shape. Returns the same shape, in fp32 (fp64 if one is): in bf16 the slope of k3, 1 − e^−d,
+    would be 0 for small d, and e^20 is above what fp16 holds. Raises ValueError on an unknown kind or two shapes.
     """
     if logprobs.shape != ref_logprobs.shape:
         shapes = f"{list(logprobs.shape)} and {list(ref_logprobs.shape)}"
         raise ValueError(f"logprobs and ref_logprobs must have the same shape, got {shapes}")
-    d = logprobs - ref_logprobs
+    dtype = arithmetic_dtype(logprobs, ref_logprobs)
+    d = logprobs.to(dtype) - ref_logprobs.to(dtype)
     if kind == "k1":
         return d
     if kind == "k2":

@@ -320,3 +320,18 @@ def test_sampled_kl_estimators_by_hand_and_in_expectation() -> None:
     far = kl_estimate(torch.tensor([-1e4, 0.0]), torch.tensor([0.0, -1e4]), "k3")
     assert torch.isfinite(far).all()
     assert (far >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_estimates_of_half_precision_logprobs_and_their_slopes_are_exact(
+    assert_close: Fixture, dtype: torch.dtype, kind: str
+) -> None:
+    gap = torch.tensor([2**-9, 2**-7, -0.25, 1.0, 8.0])
+    logprobs = torch.full((5,), -0.75, dtype=dtype, requires_grad=True)
+    ref = (logprobs.detach() - gap).to(dtype)
+    ours, truth = (f(logprobs, ref, kind) for f in (kl_estimate, reference.kl_estimate))
+    assert_close(ours, truth, absolute=1e-9, relative=1e-6)
+    # equal once rounded to the log-probs' dtype, but for the last digit
+    slopes, expected = (torch.autograd.grad(x.sum(), logprobs)[0] for x in (ours, truth))
+    torch.testing.assert_close(slopes, expected, rtol=torch.finfo(dtype).eps, atol=0)
