@@ -39,7 +39,7 @@ class _KnownGradients(torch.autograd.Function):
         reject_second_order("the fused policy loss")
         # A product, never in place: a second backward(retain_graph=True) reads the saved gradients again.
         if ctx.place is not None:
-            scaled = tuple(None if g is None else g * upstream[0] for g in ctx.saved_tensors)
+            scaled = tuple(_scaled(g, upstream[0], None) for g in ctx.saved_tensors)
             return None, None, None, *ctx.place(scaled)
         found = (_scaled(g, upstream[0], dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return None, None, None, *found
@@ -53,8 +53,11 @@ def _gradient_dtype(x: Tensor | None) -> torch.dtype | None:
 
 
 def _scaled(g: Tensor | None, by: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """g · by, rounded at once where that is known: no fp32 product lies beside the sums of a head."""
-    return None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=dtype or g.dtype))
+    """g · by, rounded at once where that is known: no fp32 product lies beside the sums of a head.
+
+    by [1], not (): a GPU would round a number to the dtype of a bf16 g first, and a third is then .2 % off everywhere.
+    """
+    return None if g is None else torch.mul(g, by[None], out=torch.empty_like(g, dtype=dtype or g.dtype))
 
 
 def attach_gradients(loss: Tensor, inputs: Gradients, gradients: Gradients, place: Place | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fst_kernels
 from fst_kernels import (
@@ -174,6 +175,22 @@ def test_a_second_backward_through_a_retained_graph_gives_the_same_gradient(make
     )
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+def test_the_scale_of_a_loss_is_never_rounded_to_bf16(make_problem: Fixture) -> None:
+    p = make_problem(N, H, V, dtype=torch.bfloat16)
+    computed_in = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket is torch.ops.aten.mul:
+                computed_in.append(torch.result_type(*args))  # where a GPU, unlike a CPU, rounds a number to
+            return func(*args, **(kwargs or {}))
+
+    loss = linear_policy_loss(p.hidden, p.weight, *p.rows, weight_max=4.0).loss / 3
+    with Products():
+        loss.backward()
+    assert computed_in == 2 * [torch.float32]
 
 
 @pytest.mark.parametrize(
