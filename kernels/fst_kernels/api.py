@@ -83,8 +83,9 @@ def linear_token_logprobs(
     ranks call and go backward alike, also one whose rows are all masked:
         Data parallel: hidden, targets and so on are this rank's own tokens, plain tensors, and weight (bias) a DTensor,
             as FSDP2 leaves it outside a module's forward. It is gathered, in its dtype, once for the pass; its
-            gradient is summed over ranks in fp32, not averaged. FSDP2 averages those it reduces itself unless told
-            `set_gradient_divide_factor(1.0)`. Inside forward the weight is a plain tensor, and FSDP2's affair.
+            gradient is summed over ranks in fp32, not averaged. FSDP2 averages those it reduces itself unless each of
+            its modules, not the root alone, is told `set_gradient_divide_factor(1.0)`. Inside forward the weight is a
+            plain tensor, and FSDP2's affair.
         Vocabulary parallel: hidden is a DTensor, replicated or sharded, and weight (bias) Shard(0) on the same
             one-dimensional mesh; all else is plain, of all N tokens, the same on every rank. Each rank multiplies its
             own rows of the head, the results are the same on all, and no gradient of the weight is communicated.
