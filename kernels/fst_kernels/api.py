@@ -77,7 +77,9 @@ def linear_token_logprobs(
 
     Differentiable in hidden, weight, bias (the backward pass computes the logits again). Raises ValueError on shapes,
     dtypes or a backend that do not fit, and on targets or temperatures out of range. In a graph of torch.compile the
-    values of a mask, a 0-dim temperature, a tensor denominator and of `policy_loss`'s arguments are not checked.
+    values of a mask, a 0-dim temperature, a tensor denominator and of `policy_loss`'s arguments are not checked, and
+    numbers but the denominator are constants: another temperature, softcap, coefficient or bound of the ratio compiles
+    again (8 times by default, then fullgraph=True raises). A temperature that changes may be a 0-dim tensor.
 
     Heads may be DTensors, here, in `linear_policy_loss` and in `linear_kl`; what hidden is says what is meant, and all
     ranks call and go backward alike, also one whose rows are all masked:
