@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_backend, cuda_backend, ops
-from .autograd import attach_gradients, reject_forward_mode
+from .autograd import attach_gradients, reject_forward_mode, reject_vmap
 from .checks import denominator_rules, mask_rules, policy_rules, require
 from .objective import Objective, PolicyRows, live_sum, ratio_metrics
 from .types import OPERANDS, Head, PolicyLoss, TokenLogprobs, arithmetic_dtype
@@ -126,6 +126,7 @@ def policy_loss(
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
     reject_forward_mode(logprobs)
+    reject_vmap(logprobs)
     dtype = arithmetic_dtype(logprobs)
     _check_rows(logprobs, logprobs=logprobs, behavior_logprobs=behavior_logprobs, advantages=advantages)
     live, weights = _weigh(logprobs, dtype, mask, token_weights, denominator)

@@ -26,6 +26,17 @@ def reject_forward_mode(*tensors: Tensor | None) -> None:
         raise RuntimeError("fst_kernels has no forward-mode derivatives: use backward, or fst_kernels.reference")
 
 
+def reject_vmap(x: Tensor) -> None:
+    """Call where a tensor comes in that a loss depends on: inside torch.vmap it looks as if it needed no gradient."""
+    if not torch.is_grad_enabled():
+        return
+    outer = x
+    while torch._C._functorch.is_batchedtensor(outer):
+        outer = torch._C._functorch.get_unwrapped(outer)
+    if outer is not x and outer.requires_grad:
+        raise RuntimeError("fst_kernels has no gradients inside torch.vmap: call it once for each loss")
+
+
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Gradients, place: Place | None, *inputs: Tensor | None) -> Tensor:

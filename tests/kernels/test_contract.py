@@ -370,6 +370,27 @@ def test_forward_mode_is_refused_not_silently_zero(make_problem: Fixture) -> Non
             torch.func.jvp(call, (weight,), (tangent,))
 
 
+@pytest.mark.parametrize("vmap", [torch.vmap, lambda f: torch.vmap(torch.vmap(f))], ids=["once", "twice"])
+def test_gradients_inside_vmap_are_refused_not_silently_dropped(make_problem: Fixture, vmap: Fixture) -> None:
+    p = make_problem(N, H, V)
+    logprobs = p.behavior_logprobs.expand(2, 3, N)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return policy_loss(x, p.behavior_logprobs, p.advantages, weight_max=4.0).loss
+
+    def losses(x: torch.Tensor) -> torch.Tensor:
+        return vmap(loss)(x if vmap is not torch.vmap else x.flatten(0, 1)).flatten()
+
+    torch.testing.assert_close(losses(logprobs), loss(logprobs[0, 0]).expand(6))
+    needing = logprobs.clone().requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(losses(needing), losses(logprobs))
+    compiled = torch.compile(losses, backend="eager")
+    for call in (losses, compiled, torch.func.grad(lambda x: losses(x).sum())):
+        with pytest.raises(RuntimeError, match=r"no gradients inside torch.vmap"):
+            call(needing)
+
+
 def test_a_reference_of_another_dtype_is_taken_in_the_policys(make_problem: Fixture) -> None:
     p = make_problem(N, H, V)
     args: dict[str, Any] = {"kl_coef": 0.1, "weight_max": 4.0}
