@@ -194,7 +194,8 @@ def linear_policy_loss(
     Gradients flow to hidden, weight, bias; a frozen one costs no product. Rows that are masked, or have advantage 0
     while there is no entropy or KL term, skip theirs. There is no second derivative: create_graph=True raises
     RuntimeError in backward. Weight and bias gradients are summed in fp32 and rounded once, to the parameter's dtype
-    (to its `grad_dtype` where that is set). Raises ValueError on arguments that do not fit.
+    (to its `grad_dtype` where that is set, which torch.compile does not see). Raises ValueError on arguments that do
+    not fit.
     """
     objective = Objective(kind, weight_min, weight_max, clip_low, clip_high)
     for name, value in (("entropy_coef", entropy_coef), ("kl_coef", kl_coef)):
