@@ -1,7 +1,8 @@
 // csrc/hopper.h and the CUDA words of csrc/row_cluster.cu for g++: the kernel runs on a CPU, every thread a fiber.
-// It is an adversary, as far as a seed goes: threads run in random order, and a bulk copy happens as late as it can,
-// when no thread can go on. Shared memory begins as NaN. What the hardware forbids ends the launch with an error: misaligned
-// copies and stores, a write to memory that a copy has still to read, shared memory overrun, a barrier nobody comes to.
+// It is an adversary, as far as a seed goes: threads run in random order, blocks start late and fall behind each other,
+// and a bulk copy happens as late as it can, when no thread can go on. Shared memory begins as NaN. What the hardware
+// forbids ends the launch with an error: misaligned copies and stores, a write to memory that a copy has still to read,
+// shared memory overrun, or of a block that is not there, a barrier nobody comes to.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -38,7 +39,7 @@ struct alignas(8) uint2 {
 
 namespace emulation {
 
-enum Error { FINE, MISALIGNED, OVERWRITTEN, OVERRUN, DEADLOCK, NOT_INITIALISED };
+enum Error { FINE, MISALIGNED, OVERWRITTEN, OVERRUN, DEADLOCK, NOT_INITIALISED, ABSENT };
 
 inline const char* error_string(int error) {
   static const char* const names[] = {"no error",
@@ -46,7 +47,8 @@ inline const char* error_string(int error) {
                                       "a write to memory that a bulk copy has still to read",
                                       "shared memory was written beyond what the launch asked for",
                                       "every thread waits",
-                                      "a barrier is used that was not initialised"};
+                                      "a barrier is used that was not initialised",
+                                      "shared memory of a block that has not started or has ended"};
   return names[error];
 }
 
@@ -75,6 +77,8 @@ struct Block {
   unsigned char* memory;
   Barrier barrier;
   std::vector<Warp> warps;
+  int started = 0, ended = 0;  // of its threads
+  bool late = false, resting = false;
 };
 
 struct Fiber {
@@ -118,6 +122,7 @@ inline void resume(Fiber* fiber) {
   if (_setjmp(scheduler)) return;
   if (fiber->started) _longjmp(fiber->here, 1);
   fiber->started = true;
+  ++fiber->block->started;
   setcontext(&fiber->start);
 }
 
@@ -157,6 +162,7 @@ inline void copy_one() {
 inline void fiber_main() {
   body();
   now->done = true;
+  ++now->block->ended;
   suspend();
 }
 
@@ -170,22 +176,31 @@ inline void run_cluster() {
     makecontext(&fiber.start, fiber_main, 0);
     left.push_back(&fiber);
   }
+  for (Block& block : blocks) block.late = random() % 2;
+  bool moved = true;
   while (!left.empty()) {
-    bool moved = false;
+    const bool some_rest = moved;
+    for (Block& block : blocks) block.resting = block.late || (some_rest && random() % 2);
+    moved = false;
     std::shuffle(left.begin(), left.end(), random);
     for (Fiber* fiber : left) {
-      if (fiber->waits_for && !(*fiber->waits_for)()) continue;
+      if (fiber->block->resting || (fiber->waits_for && !(*fiber->waits_for)())) continue;
       fiber->waits_for = nullptr;
       resume(fiber);
       moved = true;
     }
     left.erase(std::remove_if(left.begin(), left.end(), [](Fiber* fiber) { return fiber->done; }), left.end());
-    if (moved) continue;
-    if (copies.empty()) {
+    if (moved || some_rest) continue;
+    if (!copies.empty()) {
+      copy_one();
+      continue;
+    }
+    const auto late = std::find_if(blocks.begin(), blocks.end(), [](const Block& block) { return block.late; });
+    if (late == blocks.end()) {
       error = error ? error : DEADLOCK;
       return;
     }
-    copy_one();
+    late->late = false;
   }
 }
 
@@ -194,7 +209,7 @@ int launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t n, int
            int64_t bytes) {
   error = FINE;
   shared_size = bytes;
-  random.seed(static_cast<unsigned>(n * 31 + cluster_size));
+  random.seed(static_cast<unsigned>(bytes * 1024 + n * 32 + cluster_size));
   body = [&] { kernel(arguments); };
   for (int64_t row = 0; row < n && !error; ++row) {
     copies.clear();
@@ -245,7 +260,10 @@ DEVICE unsigned char* shared_memory() { return emulation::now->block->memory; }
 DEVICE int cluster_size() { return static_cast<int>(emulation::blocks.size()); }
 DEVICE int cluster_rank() { return emulation::now->block->rank; }
 
-DEVICE void cluster_arrive() { emulation::now->cluster_phase = emulation::cluster.arrive(); }
+DEVICE void cluster_arrive() {
+  emulation::now->cluster_phase = emulation::cluster.arrive();
+  if (emulation::random() % 2) emulation::suspend();  // others may go on before it does
+}
 DEVICE void cluster_started() { cluster_arrive(); }
 DEVICE void cluster_wait() {
   const int phase = emulation::now->cluster_phase;
@@ -254,8 +272,10 @@ DEVICE void cluster_wait() {
 
 template <typename T>
 DEVICE T* in_block(T* p, int rank) {
+  const emulation::Block& block = emulation::blocks[rank];
+  if (block.started == 0 || block.ended == block.barrier.expected) emulation::error = emulation::ABSENT;
   const auto offset = reinterpret_cast<unsigned char*>(p) - shared_memory();
-  return reinterpret_cast<T*>(emulation::blocks[rank].memory + offset);
+  return reinterpret_cast<T*>(block.memory + offset);
 }
 
 DEVICE void barrier_init(uint64_t* barrier) { *reinterpret_cast<emulation::Bytes*>(barrier) = {1, 0}; }

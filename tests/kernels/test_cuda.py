@@ -459,6 +459,8 @@ def test_without_the_library_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
         ("  cluster_wait();  // every block has read its slice, and its state is here\n", ""),
         ("(items * sizeof(In) + 15) / 16 * 16", "items * sizeof(In)"),
         ("  cluster_arrive();\n", "  if (rank == 0) cluster_arrive();\n"),
+        ("  cluster_wait();  // every block has started: its memory may be written\n", ""),
+        ("  cluster_arrive();\n", "  cluster_arrive();\n  if (rank > 0) return;\n"),
     ],
 )
 def test_the_emulation_refuses_a_kernel_that_breaks_the_rules(
