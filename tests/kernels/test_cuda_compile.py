@@ -81,6 +81,21 @@ def test_rows_come_by_bulk_copies_and_leave_in_16_bytes_after_the_cluster_has_me
         assert ("LDS.128" if name.startswith("f") else "LDS.64") in code
 
 
+def test_the_copy_engine_and_the_other_blocks_see_what_was_written_for_them(kernels: dict[str, str]) -> None:
+    """On a GPU no test would tell: what a missing fence lets through is rare."""
+    names = "EXCH|FENCE.VIEW|UBLKCP|PHASECHK|LDS|ST.E.128|MEMBAR.ALL.GPU|UCGABAR_ARV|UCGABAR_WAIT|CCTL.IVALL"
+    for code in kernels.values():
+        events = re.findall(rf"\b({names})", code)
+        steps = [event for event, following in zip(events, [*events[1:], ""], strict=True) if event != following]
+        copies, first_read = steps.index("UBLKCP"), steps.index("LDS")
+        assert steps[copies - 2 : copies] == ["EXCH", "FENCE.VIEW"]  # a tile's barrier, before its copy
+        assert steps[first_read - 1] == "PHASECHK"
+        # A state goes to the other blocks between the cluster's barriers: released, then acquired.
+        told = steps.index("ST.E.128")
+        assert steps[told - 3 : told] == ["UCGABAR_WAIT", "CCTL.IVALL", "LDS"]
+        assert steps[told + 1 : told + 6] == ["MEMBAR.ALL.GPU", "UCGABAR_ARV", "UCGABAR_WAIT", "CCTL.IVALL", "LDS"]
+
+
 @pytest.mark.parametrize(
     ("v", "item_bytes", "cluster", "blocks"),
     [

@@ -259,6 +259,14 @@ def test_the_matrix_kernel_multiplies_from_the_copy_engine_on_wgmma_and_fits(
         # Of each step: the products go out, those of the step before are waited for, the operands of a step further on
         # are sent for, and then only the softmax waits for the last products: it runs while those operands arrive.
         found = re.findall(r"HGMMA|DEPBAR\.LE gsb0, 0x\d|UTMALDG|MUFU\.EX2", code)
-        steps = [event for event, following in zip(found, [*found[1:], ""], strict=True) if event != following]
         loop = ["HGMMA", "DEPBAR.LE gsb0, 0x1", "UTMALDG", "DEPBAR.LE gsb0, 0x0", "MUFU.EX2"]
-        assert any(steps[i : i + len(loop)] == loop for i in range(len(steps))), steps
+        assert _holds(found, loop), found
+        # Those overwrite operands of the step before, which other warps multiplied as well: all have waited by then.
+        found = re.findall(r"HGMMA|DEPBAR\.LE gsb0, 0x\d|BAR\.SYNC|UTMALDG", code)
+        assert _holds(found, ["HGMMA", "DEPBAR.LE gsb0, 0x1", "BAR.SYNC", "UTMALDG"]), found
+
+
+def _holds(events: list[str], wanted: list[str]) -> bool:
+    """Whether these follow one another, each perhaps several times."""
+    steps = [event for event, following in zip(events, [*events[1:], ""], strict=True) if event != following]
+    return any(steps[i : i + len(wanted)] == wanted for i in range(len(steps)))
