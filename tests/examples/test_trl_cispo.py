@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import torch
 from tests.models import save_tiny
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
+import peft  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
 
@@ -19,6 +25,7 @@ from examples.fused_cispo_trainer import FusedCispoTrainer  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and transformers about their own next versions
 LENGTHS = (7, 3, 1, 5)  # of the completions; the longest padded by one
 CAP = 1.2
+ROOT = Path(__file__).parents[2]
 MODULE = "examples.fused_cispo_trainer"
 
 
@@ -30,34 +37,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(folder: Path) -> Any:
     """make(trainer class, settings) → trainer of a tiny model; the same weights every time."""
+    return partial(build, folder)
 
-    def build(cls: Any, model: Any = "qwen3", **settings: Any) -> Any:
-        if isinstance(model, str) and not (folder / model).exists():
-            save_tiny(model, folder / model)
-        defaults = {
-            "loss_type": "cispo",
-            "epsilon_high": CAP,
-            "num_generations": 4,
-            "per_device_train_batch_size": 4,
-            "max_completion_length": 8,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": [],
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-        }
-        letters = ["a b c", "d e f g h", "i j"] * 4
-        return cls(
-            model=str(folder / model) if isinstance(model, str) else model,
-            reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
-            train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": x}] for x in letters]}),
-            args=trl.GRPOConfig(str(folder / "out"), **defaults | settings),
-        )
 
-    return build
+def build(folder: Path, cls: Any, model: Any = "qwen3", peft_config: Any = None, **settings: Any) -> Any:
+    if isinstance(model, str) and not (folder / model).exists():
+        save_tiny(model, folder / model)
+    defaults = {
+        "loss_type": "cispo",
+        "epsilon_high": CAP,
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 8,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    letters = ["a b c", "d e f g h", "i j"] * 4
+    return cls(
+        model=str(folder / model) if isinstance(model, str) else model,
+        reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": x}] for x in letters]}),
+        args=trl.GRPOConfig(str(folder / "out"), **defaults | settings),
+        peft_config=peft_config,
+    )
 
 
 def make_batch(trainer: Any, *, off_policy: bool) -> dict[str, Any]:
@@ -100,6 +108,9 @@ def agree(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> None:
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
     assert ours[1].keys() == theirs[1].keys()
     for name, expected in theirs[1].items():
+        if expected is None:  # frozen
+            assert ours[1][name] is None
+            continue
         difference = (ours[1][name] - expected).norm() / expected.norm()
         assert difference < 1e-5, name
     same_metrics(ours[2], theirs[2])
@@ -217,21 +228,42 @@ def test_a_batch_without_any_token_is_a_zero_that_can_be_differentiated(make: An
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_training_ends_with_the_weights_and_the_log_of_trl(make: Any, beta: float) -> None:
-    settings = {"beta": beta, "gradient_accumulation_steps": 2, "num_iterations": 2}
-    trainers = []
+def test_training_ends_with_the_weights_and_the_log_of_trl(folder: Path, beta: float) -> None:
+    theirs, ours = trained(folder, beta=beta, gradient_accumulation_steps=2, num_iterations=2)
+    same_run(ours, theirs)
+
+
+def trained(folder: Path, **settings: Any) -> list[tuple[dict[str, Any], list[dict[str, float]]]]:
+    """Weights and log of TRL's trainer, and of ours."""
+    ends = []
     for cls in (trl.GRPOTrainer, FusedCispoTrainer):  # making one seeds what it samples
-        trainers.append(make(cls, **settings))
-        trainers[-1].train()
-    theirs, ours = trainers
-    for (name, expected), found in zip(theirs.model.named_parameters(), ours.model.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        trainer = build(folder, cls, **settings)
+        trainer.train()
+        ends.append((trainer.model.state_dict(), trainer.state.log_history))
+    return ends
+
+
+def same_run(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
+    for name, expected in theirs[0].items():
+        torch.testing.assert_close(ours[0][name], expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     clocks = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
-    for a, b in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+    for a, b in zip(ours[1], theirs[1], strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - clocks:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
-    assert theirs.state.log_history[1]["loss"] != theirs.state.log_history[0]["loss"]
+    assert theirs[1][1]["loss"] != theirs[1][0]["loss"]
+
+
+def test_two_processes_end_with_the_weights_and_the_log_of_trl(folder: Path) -> None:
+    """DDP: run by torchrun, this file as a program."""
+    save_tiny("qwen3", folder / "pair" / "qwen3")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, "-m", "tests.examples.test_trl_cispo", folder / "pair"], check=True, cwd=ROOT, timeout=300)
+    ends = [torch.load(folder / "pair" / f"{rank}.pt") for rank in range(2)]
+    for theirs, ours in ends:
+        same_run(ours, theirs)
+    for (one, _), (other, _) in zip(*ends, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -251,15 +283,14 @@ def test_a_setting_it_cannot_reproduce_is_refused(make: Any, settings: dict[str,
 @pytest.mark.parametrize(
     ("place", "value", "sentence"),
     [
-        (f"{MODULE}.is_peft_model", lambda model: True, "not PEFT"),
         (
             f"{MODULE}.FusedCispoTrainer._is_vlm",
             property(lambda self: True, lambda self, value: None),
             "not multimodal",
         ),
-        ("accelerate.Accelerator.num_processes", 2, "runs in one process, got 2"),
+        ("accelerate.Accelerator.distributed_type", DistributedType.FSDP, "whole on every process (DDP), got FSDP"),
     ],
-    ids=["peft", "images", "processes"],
+    ids=["images", "sharded"],
 )
 def test_a_model_it_was_not_tested_with_is_refused(
     make: Any, monkeypatch: pytest.MonkeyPatch, place: str, value: Any, sentence: str
@@ -268,6 +299,35 @@ def test_a_model_it_was_not_tested_with_is_refused(
     assert trainer._refusal() is None
     monkeypatch.setattr(place, value, raising=False)
     assert sentence in trainer._refusal()
+
+
+LAYERS = {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_alpha": 64, "init_lora_weights": False}
+
+
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.1}, {"gradient_checkpointing": False, "temperature": 0.7}])
+def test_lora_of_the_layers_learns_as_with_trl(make: Any, settings: dict[str, Any]) -> None:
+    trainers = []
+    for cls in (trl.GRPOTrainer, FusedCispoTrainer):
+        torch.manual_seed(0)  # of the adapter's weights
+        trainers.append(make(cls, peft_config=peft.LoraConfig(**LAYERS), **settings))
+    theirs, ours = trainers
+    batch = make_batch(theirs, off_policy=True)
+    expected = outcome(theirs, batch)
+    assert sum(g is not None and bool(g.any()) for g in expected[1].values()) == 2 * 3 * 2  # A and B, of two layers
+    agree(outcome(ours, batch), expected)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),  # as low-rank TRL refuses it, too
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ],
+    ids=["head", "prompt"],
+)
+def test_an_adapter_of_the_head_or_the_prompt_is_refused(make: Any, adapter: Any) -> None:
+    with pytest.raises(ValueError, match=r"^FusedCispoTrainer takes PEFT that leaves the head and the prompt alone"):
+        make(FusedCispoTrainer, "llama", peft_config=adapter, gradient_checkpointing=False)
 
 
 def test_a_mixture_of_experts_is_refused_while_its_balance_is_part_of_the_loss(make: Any, folder: Path) -> None:
@@ -288,3 +348,9 @@ def test_a_model_that_scales_its_logits_is_refused(make: Any, folder: Path) -> N
     head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
     with pytest.raises(ValueError, match=r"needs logits = softcap\(hidden @ lm_head \+ bias\), which Qwen3ForCausalLM"):
         make(FusedCispoTrainer, model)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    settings = {"entropy_coef": 0.03, "gradient_accumulation_steps": 2, "num_iterations": 2}
+    torch.save(trained(place, **settings), place / f"{os.environ['RANK']}.pt")
