@@ -99,7 +99,9 @@ class VllmEngine:
         cache = self._llm.vllm_config.cache_config
         self.block_size: int = cache.block_size
         self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size  # blocks of the CPU are called so too
-        self.context: int = min(model.context, self._llm.vllm_config.model_config.max_model_len)
+        # one block is vLLM's own; 0.25.1 promises it, too, and never starts a request that needs it
+        room = self.cache_tokens - self.block_size
+        self.context: int = min(model.context, self._llm.vllm_config.model_config.max_model_len, room)
         self.stats = EngineStats()
         self._stop = sorted(model.eos_ids)
         self._state: Literal["without weights", "ready", "asleep"] = "without weights"

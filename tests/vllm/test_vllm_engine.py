@@ -459,7 +459,7 @@ def test_a_small_cache_bounds_the_context_that_prompts_must_fit_into(
     engine = make_engine(RolloutConfig(engine="vllm", max_batch=4), model)
     assert isinstance(engine, VllmEngine)
     ENGINES.append(engine)
-    assert model.context == engine.context <= engine.cache_tokens < 700 < qwen.context
+    assert model.context == engine.context <= engine.cache_tokens - engine.block_size < 700 < qwen.context
     with pytest.raises(ValueError, match=f"context of {engine.context} tokens"):
         engine.submit([Request(0, (7,) * (engine.context - 6), SamplingParams(1.0, 7), seed=0)])
     requests = [Request(i, tokens(i, engine.context - 7, 500), SamplingParams(1.0, 7), seed=i) for i in range(3)]
