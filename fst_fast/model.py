@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -77,7 +77,6 @@ class Model:
         forward = inspect.signature(lm.base_model.forward).parameters
         self._cache_name = "cache" if "cache" in forward else "past_key_values"  # older transformers
         self._sanitizes = "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters
-        self._control = control_tokens(tokenizer)
         self._check_head()
 
     @property
@@ -186,6 +185,14 @@ class Model:
                 return tuple(apply(clean, sanitize_control_tokens=True)["input_ids"])
         split = [m | {"content": self._control.sub(lambda t: "\u200b".join(t[0]), m["content"])} for m in clean]
         return tuple(apply(split)["input_ids"])
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """What a text could forge a turn with: special tokens, and added ones that the template writes (</think>)."""
+        template = self.tokenizer.get_chat_template()
+        added = [t for t in self.tokenizer.added_tokens_decoder.values() if t.special or t.content in template]
+        longest_first = sorted((t.content for t in added if not t.content.isspace()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def check_template(self) -> None:
         """Whether the chat template takes a system prompt, or can do without. UserError when it takes neither.
@@ -311,14 +318,6 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "auto", think
     if kwargs:
         _check_thinking(model, thinking)
     return model
-
-
-def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """What a text could forge a turn with: special tokens, and added ones that a template writes, such as </think>."""
-    template = tokenizer.get_chat_template()
-    added = [t for t in tokenizer.added_tokens_decoder.values() if t.special or t.content in template]
-    longest_first = sorted((t.content for t in added if not t.content.isspace()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _check_thinking(model: Model, thinking: str) -> None:

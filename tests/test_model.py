@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +101,17 @@ def test_a_template_that_takes_nothing_is_a_user_error(tmp_path: Path) -> None:
         load_model(with_template(tmp_path, "{{ raise_exception('never') }}"))
     with pytest.raises(UserError, match="does not take a user message: it leaves the content out"):
         load_model(with_template(tmp_path, "<user>hello<assistant>"))
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{{ messages[-1].content }}")
+    with pytest.raises(UserError, match="does not take a user message: .*multiple chat templates"):
+        load_model(str(tmp_path))
+
+
+def test_a_model_that_is_never_talked_to_needs_no_chat_template() -> None:
+    """Those of the benchmarks."""
+    tokenizer = SimpleNamespace(eos_token_id=0, apply_chat_template=lambda: None)
+    assert Model(load_model("").lm, tokenizer, "").context == load_model("").context
 
 
 def test_weights_that_the_model_has_no_place_for_are_named(tmp_path: Path) -> None:
