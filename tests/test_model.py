@@ -104,7 +104,7 @@ def test_a_template_that_takes_nothing_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{{ messages[-1].content }}")
-    with pytest.raises(UserError, match="does not take a user message: .*multiple chat templates"):
+    with pytest.raises(UserError, match=r"does not take a user message: .*multiple chat templates"):
         load_model(str(tmp_path))
 
 

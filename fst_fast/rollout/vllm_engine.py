@@ -1,8 +1,8 @@
 """vLLM as rollout engine, in this process, one engine a GPU: the only file that touches vllm.
 
 Its API moves: written against 0.25.1 (CUDA, torch 2.11) and 0.32.0 (torch 2.13), tested with the CPU build of 0.32.0,
-by hand with that of 0.25.1; 0.25.1 has sampled a run on an H100, before its steps overlapped. What differs between the two
-is said where it matters.
+by hand with that of 0.25.1; 0.25.1 has sampled a run on an H100, before its steps overlapped. What differs between the
+two is said where it matters.
 """
 
 from __future__ import annotations

@@ -270,10 +270,11 @@ def test_hostile_text_is_wrong_and_never_raised_on(response: str) -> None:
 
 
 def test_a_pattern_that_takes_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Regex, "SECONDS", 0.2)
     regex, slow = Regex("answer"), {"answer": "^(a+)+$"}
     assert regex(slow, "aaa").reward == 1
-    verdict = regex(slow, "a" * 60 + "!")
+    with monkeypatch.context() as hurry:
+        hurry.setattr(Regex, "SECONDS", 0.2)
+        verdict = regex(slow, "a" * 60 + "!")
     assert (verdict.reward, "it takes too long" in verdict.feedback) == (0, True)
     assert regex(slow, "aaa").reward == 1
 
@@ -340,6 +341,14 @@ def test_an_answer_without_mathematics_is_named_before_the_run_and_never_ends_it
         with pytest.raises(UserError, match=r"line 2: field 'answer' is .*math-verify finds no mathematics"):
             JsonlTask(write(GOOD, {"problem": "p", "answer": answer}), JsonlOptions(verifier="math"))
         assert math({"answer": answer}, "7").reward == 0
+
+
+def test_usual_answers_wait_for_no_math_verify_before_the_run(math: Math, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ("7", r"\frac{1}{2}", "$x$", "$$x^2 + 1$$", r"$\frac{1}{2}$", r"\boxed{\frac{1}{2}}", r"\(x\)", r"\[x\]")
+    assert {math.checker.compare(answer, "0")[0] for answer in answers} == {"wrong"}
+    monkeypatch.setattr(math.checker, "compare", lambda *_: pytest.fail("it was asked"))
+    for answer in answers:
+        math.check({"answer": answer})
 
 
 # -- the user's own function --------------------------------------------------------------------------------------
