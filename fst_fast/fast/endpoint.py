@@ -159,12 +159,12 @@ def _is_url(text: str) -> bool:
 
 async def _read_bounded(response: Any) -> None:
     """Reads an httpx response, an error's too, before the client does: that would read, and unpack, without an end."""
-    body = b""
+    body = bytearray()
     async for piece in response.aiter_raw():
         body += piece
         if len(body) > LARGEST_ANSWER:
             raise ValueError(f"an answer of more than {LARGEST_ANSWER} bytes")
-    response._content = body
+    response._content = bytes(body)
 
 
 class _Message(BaseModel):

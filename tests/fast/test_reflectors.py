@@ -69,6 +69,7 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(no_keys: 
         "http://[x",
         "http://h:port/",
         "http://h:99999/",
+        "http://h:0/",
         "http://h/\n",
     ],
 )
