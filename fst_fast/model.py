@@ -192,7 +192,7 @@ class Model:
         template = self.tokenizer.get_chat_template()
         added = [t for t in self.tokenizer.added_tokens_decoder.values() if t.special or t.content in template]
         longest_first = sorted((t.content for t in added if not t.content.isspace()), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        return re.compile("|".join(map(re.escape, longest_first)))
 
     def check_template(self) -> None:
         """Whether the chat template takes a system prompt, or can do without. UserError when it takes neither.

@@ -2,6 +2,9 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from fst_fast import tasks
 from fst_fast.errors import UserError
 from fst_fast.records import Verdict
 from fst_fast.tasks import make_task
@@ -269,6 +273,11 @@ def test_hostile_text_is_wrong_and_never_raised_on(response: str) -> None:
         assert len(verdict.feedback) < 400
 
 
+def test_a_pattern_is_looked_for_at_the_end_of_a_response() -> None:
+    regex = Regex("answer")
+    assert [regex({"answer": "a"}, "a" + n * "b").reward for n in (9_999, 10_000)] == [1, 0]
+
+
 def test_a_pattern_that_takes_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     regex, slow = Regex("answer"), {"answer": "^(a+)+$"}
     assert regex(slow, "aaa").reward == 1
@@ -277,6 +286,20 @@ def test_a_pattern_that_takes_for_ever_is_given_up(monkeypatch: pytest.MonkeyPat
         verdict = regex(slow, "a" * 60 + "!")
     assert (verdict.reward, "it takes too long" in verdict.feedback) == (0, True)
     assert regex(slow, "aaa").reward == 1
+
+
+def test_the_process_that_looks_for_a_pattern_ends_by_itself_when_its_time_is_up() -> None:
+    """By CPU time, so that a busy machine changes no verdict, and also where nobody is left to end it."""
+    script = Path(tasks.__file__).with_name("regex_serve.py")
+    question = json.dumps([0.2, "^(a+)+$", "a" * 60 + "!"])
+    with subprocess.Popen(
+        [sys.executable, "-P", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as it:
+        try:
+            it.communicate(question + "\n", timeout=60)
+        finally:
+            it.kill()
+    assert it.returncode == -signal.SIGPROF
 
 
 @given(st.text())
