@@ -47,7 +47,12 @@ def chat(problem: str) -> list[dict[str, str]]:
 
 
 def text(model: Model, problem: str) -> str:
-    return model.tokenizer.apply_chat_template(chat(problem), tokenize=False, add_generation_prompt=True)
+    return whole(model.tokenizer.apply_chat_template(chat(problem), tokenize=False, add_generation_prompt=True))
+
+
+def whole(text: str) -> str:
+    """Without what splits a control token where transformers is older than 5.20."""
+    return text.replace("\u200b", "")
 
 
 def shared(sequences: list[tuple[int, ...]]) -> int:
@@ -57,9 +62,9 @@ def shared(sequences: list[tuple[int, ...]]) -> int:
 
 def test_the_prompts_full_blocks_are_shared_where_whole_strings_merge_over_the_seam(merging: Model) -> None:
     ours = [merging.encode_chat(chat(p)) for p in PROBLEMS]
-    whole = [tuple(merging.tokenizer.encode(text(merging, p), add_special_tokens=False)) for p in PROBLEMS]
+    strings = [tuple(merging.tokenizer.encode(text(merging, p), add_special_tokens=False)) for p in PROBLEMS]
     prompt = merging.tokenizer.encode(text(merging, "").rstrip(" "), add_special_tokens=False)
-    assert shared(whole) < len(prompt) == shared(ours)
+    assert shared(strings) < len(prompt) == shared(ours)
     assert shared(ours) // BLOCK * BLOCK == len(prompt) // BLOCK * BLOCK
 
 
@@ -67,7 +72,7 @@ def test_the_prompts_full_blocks_are_shared_where_whole_strings_merge_over_the_s
 @settings(max_examples=150)
 def test_the_text_is_still_the_templates_and_the_prompt_always_the_same_tokens(merging: Model, problem: str) -> None:
     ids = merging.encode_chat(chat(problem))
-    assert merging._text(ids) == text(merging, problem)
+    assert whole(merging._text(ids)) == text(merging, problem)
     head = merging._heads[("system", SYSTEM),]
     assert ids[: len(head)] == head
 
@@ -76,7 +81,7 @@ def test_behind_a_special_token_the_ids_are_those_of_the_whole_string() -> None:
     model = bpe_model(MARKED)
     for p in PROBLEMS:
         assert model.encode_chat(chat(p)) == model._apply_template(chat(p))
-        assert model._text(model.encode_chat(chat(p))) == text(model, p)
+        assert whole(model._text(model.encode_chat(chat(p)))) == text(model, p)
 
 
 def test_glyph_requests_are_those_of_the_whole_string() -> None:
