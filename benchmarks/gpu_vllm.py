@@ -4,9 +4,10 @@ against the model's own forward pass. Needs vLLM and a model folder; one engine 
     python benchmarks/gpu_vllm.py MODEL [--in-turn]          --in-turn: no async scheduling, to compare tokens/s
 
 MODEL is a folder, or a shape (qwen3-8b, ...), which gets random weights. One line of JSON a finding. Exit status 1 if
-log-probs are off, memory does not come back, or on a CPU seeds do not repeat. Read besides: `free_asleep` far above
-`free_awake`, `threads` 2, `runner` (V2 on CUDA), `start_seconds` of a second run; `iteration_ms` with all and with an
-eighth of the requests, of which rates.json has what a sequence costs beside its KV (`sequence_us`).
+log-probs are off, memory does not come back, the process is left on another stream, or on a CPU seeds do not repeat.
+Read besides: `free_asleep` far above `free_awake`, `threads` 2, `runner` (V2 on CUDA), `start_seconds` of a second run;
+`iteration_ms` with all and with an eighth of the requests, of which rates.json has what a sequence costs beside its KV
+(`sequence_us`).
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def check(model: Model, args: argparse.Namespace) -> int:
     changed = sum(first[i] != again[i] for i in first)  # on a GPU sums depend on the batch, which the cache changes
     say(seeds_that_gave_other_tokens_again=changed)
     faults = [f"{changed} seeds gave other tokens again"] if changed and not GPU else []
+    if GPU and torch.cuda.current_stream() != torch.cuda.default_stream():
+        faults.append("vLLM left this process on a stream of its own")  # which the trainer's does not wait for
     for version in range(1, 4):
         awake, started = free(), time.time()
         engine.sleep()
