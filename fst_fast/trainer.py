@@ -50,7 +50,7 @@ from fst_fast.seeding import stream
 from fst_fast.shape import shape_of
 from fst_fast.slow.advantage import group_by_problem
 from fst_fast.slow.learner import Learner, StepReport
-from fst_fast.slow.lora import adapt
+from fst_fast.slow.lora import Unadapted, adapt
 from fst_fast.slow.policy import Policy
 from fst_fast.slow.sharding import recompute, shard
 from fst_fast.state import State, check_inputs, fingerprint
@@ -100,12 +100,16 @@ class Trainer:
         # of a mixture of experts the shape counts them all for every token: no utilisation then
         dense = not any(".experts." in name for name, _ in self.base.lm.named_parameters())
         self.peak = self.ranks.size * peak_flops(self.base.device, config.peak_tflops) * dense
-        self._shard(self.base)  # before the next one is loaded: a GPU holds one whole model at a time
-        self.model = load_model(**loading)
-        if config.slow.lora_rank:
+        if config.slow.lora_rank:  # the weights are those of the base: once is enough
+            self.model = self.base
             adapt(self.model, config.slow.lora_rank, config.seed)
+        else:
+            self._shard(self.base)  # before the next one is loaded: a GPU holds one whole model at a time
+            self.model = load_model(**loading)
         recompute(self.model, config.slow.recompute)
         self._shard(self.model)
+        if config.slow.lora_rank:
+            self.base = Unadapted(self.model)
         embedded = self.model.sharded and config.rollout.engine == "torch"
         replica = load_model(**loading) if embedded else None  # for the engine to copy the weights to
         self.policy = Policy(self.model, config.slow)

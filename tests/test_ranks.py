@@ -198,7 +198,10 @@ def test_lora_trains_low_rank_updates_alone_and_exports_a_plain_model(warm: Warm
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     with torch.no_grad():
         adapted, plain = trainer.model.hidden(ids), load_model(str(newest(runs[0]) / "model")).hidden(ids)
+        base, start_states = trainer.base.hidden(ids), load_model(str(folder)).hidden(ids)
     assert torch.allclose(adapted, plain, atol=1e-4)
+    assert torch.equal(base, start_states)
+    assert trainer.base.lm is trainer.model.lm
     assert {name.split(".lora_")[1][0] for name in trainer.policy.state_dict()["masters"]} == {"A", "B"}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,6 +43,32 @@ def adapt(model: Model, rank: int, seed: int) -> None:
         p.requires_grad_(".lora_" in name)
     model.lm.eval()
     model.update_of = partial(_update, model.lm)
+
+
+class Unadapted(Model):
+    """An adapted model as it was before: the same module and memory, computed without the updates."""
+
+    def __init__(self, model: Model):
+        self.__dict__ |= model.__dict__ | {"update_of": None}
+
+    def hidden(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with _without_updates(self.lm):
+            return super().hidden(*args, **kwargs)
+
+
+@contextmanager
+def _without_updates(lm: Any) -> Iterator[None]:
+    """peft's own `enable_adapters` would also take their gradients away."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in lm.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _update(lm: Any, name: str) -> torch.Tensor | None:

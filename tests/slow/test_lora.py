@@ -4,8 +4,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
-from fst_fast.slow.lora import adapt
+from fst_fast.slow.lora import Unadapted, adapt
 from tests.models import tiny
 
 
@@ -25,3 +26,27 @@ def test_nothing_is_said_where_all_layers_learn(family: str, tmp_path: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapt(tiny(family, tmp_path), 4, 0)
+
+
+def test_the_base_is_the_same_memory_without_the_updates(tmp_path: Path) -> None:
+    model = tiny("qwen3", tmp_path)
+    ids = torch.arange(5, 17)[None]
+    weights, states = {name: w.clone() for name, w in model.weights()}, model.hidden(ids)
+    adapt(model, 4, 0)
+    base = Unadapted(model)
+    for _ in range(2):
+        with torch.no_grad():
+            for name, p in model.lm.named_parameters():
+                if ".lora_B." in name:
+                    p.add_(0.1)
+        assert torch.equal(base.hidden(ids), states)
+        assert not torch.allclose(model.hidden(ids), states, atol=1e-3)
+    assert dict(base.weights()).keys() == weights.keys()
+    assert all(torch.equal(w, weights[name]) for name, w in base.weights())
+    assert any(not torch.equal(w, weights[name]) for name, w in model.weights())
+    model.hidden(ids).sum().backward()  # the updates have not lost their gradients
+    assert all(p.grad is not None for name, p in model.lm.named_parameters() if ".lora_B." in name)
+    adapted = model.hidden(ids)
+    with pytest.raises(IndexError):
+        base.hidden(ids + 10**6)
+    assert torch.equal(model.hidden(ids), adapted)
