@@ -99,7 +99,7 @@ class Endpoint:
                 raise UserError(
                     f"reflector: {self.label} cannot be reached, check reflector.base_url ({self._redacted(why):.300})"
                 ) from None
-            return self._failed(error)
+            return self._failed(why)
         except Exception as error:  # of whatever kind: a redirect to an impossible port raises a group of them
             return self._failed(error)
 
@@ -141,7 +141,7 @@ class Endpoint:
         failures = int(reflection.text is None)
         return reflection, ReflectionUsage(1, prompt_tokens, completion_tokens, dollars, failures)
 
-    def _failed(self, error: Exception) -> tuple[Reflection, ReflectionUsage]:
+    def _failed(self, error: BaseException) -> tuple[Reflection, ReflectionUsage]:
         return Reflection(None, f"{type(error).__name__}: {self._redacted(error)}"), ReflectionUsage(1, failures=1)
 
     def _redacted(self, error: BaseException) -> str:
@@ -159,7 +159,9 @@ def _is_url(text: str) -> bool:
 
 async def _read_bounded(response: Any) -> None:
     """Reads an httpx response, an error's too, before the client does: that would read, and unpack, without an end."""
-    body = bytearray()
+    body, packed = bytearray(), response.headers.get("content-encoding", "identity")
+    if packed != "identity":
+        raise ValueError(f"an answer packed as {packed}, which the endpoint was asked not to do")
     async for piece in response.aiter_raw():
         body += piece
         if len(body) > LARGEST_ANSWER:
