@@ -48,7 +48,7 @@ class FusedCispoTrainer(GRPOTrainer):
         if self.model.training:
             mode, micro_batches = "train", self.current_gradient_accumulation_steps
             share = micro_batches / self.args.steps_per_generation
-        # and gradients are means over the processes
+        # gradients are averaged over processes, and the tokens are counted over all of them
         denominator = inputs["num_items_in_batch"].clamp(min=1) * share / self.accelerator.num_processes
         bonus = self.entropy_coef / micro_batches  # of the micro-batch's mean entropy, whatever the denominator
         old = inputs.get("old_per_token_logps")  # none: the policy has not moved since it sampled, ρ = 1
