@@ -114,10 +114,11 @@ class Endpoint:
             )
             return response.content
 
+        limit = self._limit  # another question may learn the old name meanwhile
         try:
-            return await post(self._limit)
+            return await post(limit)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if self._limit == "max_tokens" or "max_completion_tokens" not in str(error):
+            if limit == "max_tokens" or "max_completion_tokens" not in str(error):
                 raise
             try:
                 body = await post("max_tokens")

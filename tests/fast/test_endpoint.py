@@ -5,6 +5,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -121,6 +122,15 @@ def old(handler: Handler, _: int) -> None:
         handler.say("from an old server")
 
 
+def old_in_turn(handler: Handler, number: int) -> None:
+    """The second question is refused when the first has been answered under the old name."""
+    if number == 2:
+        while handler.server.tries["old in turn"] < 3:
+            time.sleep(0.01)
+        time.sleep(0.3)
+    old(handler, number)
+
+
 def too_large(handler: Handler, _: int) -> None:
     known = "max_completion_tokens" in handler.body
     said = "max_tokens or max_completion_tokens is too large" if known else "unknown field max_tokens"
@@ -138,6 +148,7 @@ SCRIPTS: dict[str, Callable[[Handler, int], None]] = {
     "reset once": lambda h, n: h.reset() if n == 1 else h.say("after reset"),
     "late once": lambda h, n: h.say("in time") if n > 1 else h.hang(),
     "old": old,
+    "old in turn": old_in_turn,
     "html": lambda h, _: h.say(f"```\n{HTML}\n```"),
     "crowd": crowd,
     **{f"crowd {i}": crowd for i in range(12)},
@@ -337,6 +348,12 @@ def test_a_server_that_knows_the_limit_by_its_old_name_alone_is_given_that(serve
     assert [r.text for r in openai.reflect(requests("old"))] == ["from an old server"]
     assert [body.get("max_tokens") for _, _, body in server.received] == [99]
     assert openai.usage.failures == 0
+
+
+def test_two_questions_learn_the_old_name_one_after_the_other(server: Server) -> None:
+    answers = reflector(server, timeout=20.0).reflect(requests("old in turn", "old in turn"))
+    assert [r.text for r in answers] == ["from an old server"] * 2
+    assert server.tries["old in turn"] == 4
 
 
 def test_a_server_that_only_names_the_limit_in_what_it_refuses_is_given_it_as_before(server: Server) -> None:
